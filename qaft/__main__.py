@@ -1,0 +1,5 @@
+"""``python -m qaft`` is ``qaft``."""
+
+from qaft.cli import main
+
+main()

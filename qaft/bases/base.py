@@ -1,0 +1,96 @@
+"""The frozen linear map ``W0``: whatever its storage, it multiplies and it can be dequantized.
+
+    law:  matmul(x) == x @ dequantize().T
+
+Shapes: O = out_features, I = in_features; x [..., I] -> y [..., O].
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Matmul = Callable[[Tensor], Tensor]
+"""``x [..., I] -> x @ W0.T [..., O]``, without bias."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearSpec:
+    """All that an update may know of the layer it adapts.
+
+    Attributes:
+        name: the module path, ``"model.layers.3.self_attn.q_proj"``.
+        out_features: O.
+        in_features: I.
+        dtype: dtype of the trainable parameters.
+        num_heads: heads whose rows this layer writes (query heads for q_proj, KV heads for k_proj and v_proj), or None
+            when the rows are not grouped by head.
+        row_scores: [O] importance of each output row, or None when no calibration was run.
+        column_scores: [I] importance of each input column, or None.
+        seed: seed of everything random in the update (initial values, random selections).
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    dtype: torch.dtype = torch.float32
+    num_heads: int | None = None
+    row_scores: Tensor | None = None
+    column_scores: Tensor | None = None
+    seed: int = 0
+
+
+class _FrozenMatmul(torch.autograd.Function):
+    """``x @ W.T`` that keeps nothing for backward: the weight is dequantized again, and x is not needed because W is frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, base: FrozenLinear) -> Tensor:
+        ctx.base = base
+        return F.linear(x, base.dequantize().to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        (grad,) = grad_outputs
+        return grad @ ctx.base.dequantize().to(grad.dtype), None
+
+
+class FrozenLinear(nn.Module, ABC):
+    """A linear layer whose weight is never trained, however it is stored.
+
+    Subclasses register their storage as buffers (they move with ``.to`` and are no parameters) and give ``dequantize``.
+    A FrozenLinear is itself a drop-in module for ``nn.Linear``: ``forward`` adds the bias.
+
+    Attributes:
+        in_features: I.
+        out_features: O.
+        dtype: the dtype of ``dequantize()``, which is the dtype the weight is rounded to before any use.
+        bias: [O] or None.
+    """
+
+    in_features: int
+    out_features: int
+    dtype: torch.dtype
+    bias: Tensor | None
+
+    @abstractmethod
+    def dequantize(self) -> Tensor:
+        """Return the weight, [O, I] in ``self.dtype``; bit-identical on every call."""
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """Return ``x @ W0.T``, [..., I] -> [..., O]; differentiable in x, keeps no activation and no dense weight."""
+        return _FrozenMatmul.apply(x, self)  # pyright: ignore[reportReturnType]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x @ W0.T + bias``, [..., I] -> [..., O]."""
+        y = self.matmul(x)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        """Return shape and dtype, as ``nn.Linear`` prints them."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, dtype={self.dtype}"

@@ -1,0 +1,180 @@
+"""The command line: every verb parses its arguments and calls ``qaft.commands``; torch is imported only by verbs that need it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qaft.errors import QaftError
+
+if TYPE_CHECKING:
+    from qaft.recipe import Recipe
+
+app = typer.Typer(
+    name="qaft",
+    help="Fine-tune 4/8-bit language models through the quantizer they are served with, and export exactly that model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+OVERRIDES: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
+RecipePath = Annotated[Path, typer.Argument(help="recipe (YAML) or run folder")]
+Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
+
+LISTS = ("updates", "quantizers", "rotations", "selectors", "sources", "regularizers", "exporters", "compat")
+
+
+def overrides_from(arguments: list[str]) -> list[str]:
+    """Return ``key=value`` strings from ``key=value``, ``--key=value`` and ``--key value``; launcher flags are dropped."""
+    result: list[str] = []
+    pending = list(arguments)
+    while pending:
+        text = pending.pop(0)
+        if text.startswith("--") and "=" not in text and pending and not pending[0].startswith("--"):
+            text = f"{text}={pending.pop(0)}"
+        # The deepspeed launcher injects --local_rank; the environment says the same.
+        if not text.startswith("--local_rank"):
+            result.append(text)
+    return result
+
+
+def _load(path: Path, context: typer.Context) -> Recipe:
+    # Before torch is imported: a mistake in a recipe is answered at once.
+    from qaft.recipe import load_recipe
+
+    return load_recipe(path, overrides_from(context.args))
+
+
+@app.command(context_settings=OVERRIDES)
+def train(context: typer.Context, recipe: RecipePath, debug: Debug = False) -> None:
+    """Train RECIPE [key=value ...], then write its exports."""
+    resolved = _load(recipe, context)
+    from qaft.commands.train import train_and_export
+
+    train_and_export(resolved)
+
+
+@app.command(context_settings=OVERRIDES)
+def data(context: typer.Context, recipe: RecipePath, samples: int = 3, debug: Debug = False) -> None:
+    """Show samples with their trained tokens marked, lengths, truncation and duplicates."""
+    resolved = _load(recipe, context)
+    from qaft.commands.data import show_data
+
+    show_data(resolved, samples=samples)
+
+
+@app.command(name="eval", context_settings=OVERRIDES)
+def evaluate(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="run folder, exported folder, base checkpoint or id")],
+    data: Annotated[str | None, typer.Option(help="evaluation data; default: the run's data.valid")] = None,
+    metrics: Annotated[str, typer.Option(help="comma-separated: perplexity, accuracy, exact_match")] = "perplexity",
+    tasks: Annotated[str | None, typer.Option(help="comma-separated lm-eval tasks (extra: qaft[eval])")] = None,
+    limit: Annotated[int | None, typer.Option(help="rows")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="tokens generated per row for exact_match")] = 128,
+    debug: Debug = False,
+) -> None:
+    """Measure perplexity, verbalizer accuracy, exact match or lm-eval tasks; data.* overrides are accepted."""
+    from qaft.commands.evaluate import evaluate_model
+
+    evaluate_model(
+        model,
+        overrides_from(context.args),
+        data=data,
+        metrics=metrics.split(","),
+        tasks=tasks.split(",") if tasks else [],
+        limit=limit,
+        max_new_tokens=max_new_tokens,
+    )
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="run folder")],
+    format: Annotated[str, typer.Option("--format", "-f", help="merged | compressed-tensors | peft")],
+    out: Annotated[Path | None, typer.Option(help="folder; default: RUN/export-FORMAT")] = None,
+    force: Annotated[bool, typer.Option(help="overwrite, and write although the update does not survive")] = False,
+    dtype: Annotated[str | None, typer.Option(help="dtype of merged weights")] = None,
+    basis: Annotated[str, typer.Option(help="merged: fused | original")] = "fused",
+    debug: Debug = False,
+) -> None:
+    """Write a checkpoint of RUN, reload it in a fresh process, and refuse to call it done when it differs."""
+    from qaft.commands.export import export_run_folder
+
+    options: dict[str, Any] = {"format": format, "force": force, "basis": basis}
+    options |= {"out": str(out)} if out else {}
+    options |= {"dtype": dtype} if dtype else {}
+    export_run_folder(run, options)
+
+
+@app.command()
+def diff(
+    a: Annotated[str, typer.Argument(help="run folder, exported folder, base checkpoint or id")],
+    b: Annotated[str, typer.Argument(help="what to compare it with")],
+    prompts: Annotated[Path | None, typer.Option(help="text file, one prompt a line; default: built-in prompts")] = None,
+    gate: Annotated[float | None, typer.Option(help="largest relative logit difference; above it exit with 5")] = None,
+    debug: Debug = False,
+) -> None:
+    """Compare the logits of two models on the same prompts."""
+    from qaft.commands.diff import diff_models
+
+    diff_models(a, b, prompts=prompts, gate=gate)
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="run folder, exported folder, base checkpoint or id")],
+    max_new_tokens: int = 256,
+    debug: Debug = False,
+) -> None:
+    """Talk to a model (greedy); an empty line ends."""
+    from qaft.commands.chat import chat_with
+
+    chat_with(model, max_new_tokens=max_new_tokens)
+
+
+@app.command(name="list")
+def list_parts(what: Annotated[str, typer.Argument(help=" | ".join(LISTS))], debug: Debug = False) -> None:
+    """List what a recipe can name, with options and defaults."""
+    from qaft.commands.listing import print_list
+
+    print_list(what)
+
+
+@app.command()
+def schema(debug: Debug = False) -> None:
+    """Print the JSON schema of recipes, for editors."""
+    import json
+
+    from qaft.recipe import Recipe
+
+    print(json.dumps(Recipe.model_json_schema(), indent=2))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 ok, 1 failure, 2 usage, 4 data, 5 a comparison failed, 130/143 stopped by a signal."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not sys.stderr.isatty():
+        # Libraries draw bars that fill a log file with thousands of lines.
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    try:
+        app(args=arguments)
+    except (QaftError, OSError, MemoryError) as error:
+        if "--debug" in arguments:
+            raise
+        print(f"{type(error).__name__}: {describe(error)}", file=sys.stderr)
+        raise SystemExit(getattr(error, "exit_code", 1)) from None
+
+
+def describe(error: Exception) -> str:
+    """Return the message of an error as a user can act on it."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"the disk is full ({error.filename or 'while writing'}); free space and run again: saved files are intact"
+    return str(error) or type(error).__name__

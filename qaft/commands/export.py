@@ -1,0 +1,75 @@
+"""``qaft export``: write a run in a format, verified by a reload in a fresh process."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from qaft.build import Run, restore_run
+from qaft.errors import RecipeError
+from qaft.evaluate.difference import difference_table
+from qaft.export import EXPORTERS, ExportInfo, ExportReport
+from qaft.recipe import ExportSection, parse_recipe
+from qaft.registry import suggest
+from qaft.train.log import METRICS
+
+
+def export_run_folder(folder: Path, options: Mapping[str, Any]) -> ExportReport:
+    """Restore a run from its folder and export it; ``options`` are those of the recipe's export section.
+
+    Raises:
+        RecipeError: an option or the format is wrong, or the format cannot hold this run.
+        ExportError, DifferenceError: see ``export_run``.
+    """
+    run = restore_run(folder)
+    # Through the parser, so that what physics forbids is refused here as in a recipe.
+    recipe = parse_recipe({**run.recipe.dump(), "export": [dict(options)]}, source="qaft export")
+    return export_run(run, recipe.export[0], Console())
+
+
+def export_run(run: Run, section: ExportSection, console: Console) -> ExportReport:
+    """Write one export of a trained run and report what was measured.
+
+    Raises:
+        RecipeError: the format is not known.
+        ExportError: the folder exists, or the format cannot hold this run.
+        DifferenceError: the reloaded export is not the trained model.
+    """
+    if section.format not in EXPORTERS:
+        raise RecipeError(
+            f"export.format={section.format!r}: must be one of {', '.join(EXPORTERS)}"
+            f"{suggest(section.format, dict(EXPORTERS))}"
+        )
+    out = Path(section.out) if section.out else run.folder / f"export-{section.format}"
+    info = ExportInfo(
+        recipe=run.recipe.dump(),
+        base=run.recipe.model.name,
+        command=shlex.join(["qaft", *sys.argv[1:]]),
+        metrics=last_metrics(run.folder),
+    )
+    run.loaded.model.eval()
+    report = EXPORTERS[section.format](run.loaded, section, out, info)
+    mebibytes = sum(report.sizes.values()) / 2**20
+    console.print(f"exported {section.format}: {report.folder} ({mebibytes:.1f} MiB)", highlight=False, soft_wrap=True)
+    if report.difference is not None:
+        console.print(difference_table(report.difference, a="trained", b="reloaded export"))
+    for note in report.notes:
+        console.print(f"note: {note}", highlight=False)
+    return report
+
+
+def last_metrics(folder: Path) -> dict[str, float]:
+    """Return the newest value of each metric in a run's log, for the model card."""
+    path = folder / METRICS
+    if not path.is_file():
+        return {}
+    metrics: dict[str, float] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        metrics |= {k: v for k, v in json.loads(line).items() if isinstance(v, (int, float))}
+    return {k: metrics[k] for k in ("step", "loss", "eval_loss", "eval_perplexity") if k in metrics}

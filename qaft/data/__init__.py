@@ -1,0 +1,28 @@
+"""Data: from files to samples with a loss mask, and from samples to batches that every run sees in the same order."""
+
+from __future__ import annotations
+
+from qaft.data.batches import Batch, EvalBatches, TrainBatches
+from qaft.data.isolation import check_isolation
+from qaft.data.items import ClassificationItem, GenerationItem, classification_items, generation_items
+from qaft.data.load import LoadedSamples, load_samples
+from qaft.data.report import DataReport, data_report, print_report
+from qaft.data.samples import IGNORE_INDEX, Sample
+
+__all__ = [
+    "IGNORE_INDEX",
+    "Batch",
+    "ClassificationItem",
+    "DataReport",
+    "EvalBatches",
+    "GenerationItem",
+    "LoadedSamples",
+    "Sample",
+    "TrainBatches",
+    "check_isolation",
+    "classification_items",
+    "data_report",
+    "generation_items",
+    "load_samples",
+    "print_report",
+]

@@ -1,0 +1,60 @@
+"""Compute with dense weights for a while: a token at a time, rebuilding packed weights would cost more than the products.
+
+The values are those of the packed forward, bit for bit: what is kept is what each layer would rebuild for every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+import torch
+from torch import nn
+
+from qaft.bases.base import FrozenLinear
+from qaft.bases.dense import DenseBase
+from qaft.layers.adapted import AdaptedLinear
+from qaft.layers.attach import replace_module
+
+MEMORY_SHARE = 0.5
+"""Share of the free memory that dense weights may take; above it the model stays packed and is only slower."""
+
+
+@contextmanager
+def unpacked(model: nn.Module) -> Iterator[None]:
+    """Replace packed and fake-quantized layers by their dense weights, where memory allows it; afterwards all is as it was."""
+    layers = {name: layer for name, layer in model.named_modules() if _rebuilds(layer)}
+    # A packed base inside a fake-quantized layer goes with it.
+    whole = {name for name, layer in layers.items() if isinstance(layer, AdaptedLinear)}
+    layers = {name: layer for name, layer in layers.items() if name.removesuffix(".base") not in whole or name in whole}
+    needed = sum(_dense_bytes(layer) for layer in layers.values())
+    if not layers or needed > MEMORY_SHARE * _free_bytes(next(model.parameters()).device):
+        yield
+        return
+    try:
+        with torch.no_grad():
+            for name, layer in layers.items():
+                weight = layer.weight() if isinstance(layer, AdaptedLinear) else layer.dequantize()
+                replace_module(model, name, DenseBase(weight, layer.bias))
+        yield
+    finally:
+        for name, layer in layers.items():
+            replace_module(model, name, layer)
+
+
+def _rebuilds(layer: nn.Module) -> bool:
+    if isinstance(layer, AdaptedLinear):
+        plain_input = isinstance(layer.rotation, nn.Identity) and isinstance(layer.act_quantizer, nn.Identity)
+        return layer.quantizer is not None and plain_input
+    return isinstance(layer, FrozenLinear) and not isinstance(layer, DenseBase)
+
+
+def _dense_bytes(layer: AdaptedLinear | FrozenLinear) -> int:
+    return layer.in_features * layer.out_features * layer.dtype.itemsize
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available

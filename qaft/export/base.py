@@ -1,0 +1,142 @@
+"""What every exporter takes and returns.
+
+an exporter writes into a folder that does not exist yet; the folder appears complete and checked, or not at all
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from qaft.bases.base import FrozenLinear
+from qaft.errors import DifferenceError
+from qaft.evaluate.difference import Difference
+from qaft.layers.adapted import AdaptedLinear
+
+if TYPE_CHECKING:
+    from qaft.models.load import LoadedModel
+    from qaft.recipe import ExportSection
+
+Linear = AdaptedLinear | FrozenLinear
+"""A linear layer of a loaded model: trained, or frozen."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportInfo:
+    """What an export says about its origin.
+
+    Attributes:
+        recipe: the resolved recipe as plain values.
+        base: what the base model is called: hub id or folder.
+        command: the command line that wrote the export.
+        metrics: name -> value, for the model card.
+    """
+
+    recipe: Mapping[str, Any]
+    base: str
+    command: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bound:
+    """How far a reloaded export may be from the trained model.
+
+    Attributes:
+        max_relative: limit of ``Difference.max_relative``, or None.
+        kl_mean: limit of ``Difference.kl_mean`` in nats, or None.
+        reason: what the limit allows for.
+    """
+
+    max_relative: float | None = None
+    kl_mean: float | None = None
+    reason: str
+
+    def check(self, difference: Difference) -> None:
+        """Raise when the difference exceeds the bound; a value that is not a number exceeds every bound.
+
+        Raises:
+            DifferenceError: the message holds what was measured and what is allowed.
+        """
+        for name, limit in (("max_relative", self.max_relative), ("kl_mean", self.kl_mean)):
+            measured = getattr(difference, name)
+            if limit is not None and not measured <= limit:
+                raise DifferenceError(
+                    f"the reloaded export is not the trained model: {name}={measured:.3g}, allowed {limit:.3g} "
+                    f"({self.reason}); top-1 agreement {difference.top1_agreement:.1%}; nothing was written"
+                )
+
+
+EXACT = Bound(max_relative=1e-5, reason="equal weights, fp32 sums in another order")
+"""The exported weights are the live ones; measured on Llamas of 2 to 30 layers: 0 to 2e-6."""
+
+OTHER_DEVICE = Bound(max_relative=1e-4, reason="equal weights, reloaded on another device")
+"""As EXACT, when the device of the run has no room for a second model."""
+
+FLOOR_16BIT = Bound(kl_mean=1e-3, reason="rounded to 16 bits once more, in another basis")
+"""Storing a model in bf16 costs up to 5e-4 nats per token (rotation.md 4.7, T1); here it happens in two bases."""
+
+UNBOUNDED = Bound(reason="not the trained function by construction")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """What an exporter wrote into its folder, and what a reload has to equal.
+
+    Attributes:
+        dtype: dtype of the tensors that are not packed.
+        bound: the allowed difference between the reload and the reference.
+        exported_weight: the effective weight [O, I] that the export holds for a layer, where it differs from what the
+            live forward uses; None: the reference is the live forward itself.
+        basis: basis of the weights, ``fused`` or ``original``.
+        grids: one description per grid in the file, empty for plain weights.
+        base: for adapters, the folder of the model that they are loaded on.
+        notes: what the user has to know.
+    """
+
+    dtype: torch.dtype
+    bound: Bound
+    exported_weight: Callable[[str, Linear], Tensor] | None = None
+    basis: str = "fused"
+    grids: tuple[Mapping[str, Any], ...] = ()
+    base: Path | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportReport:
+    """A finished export.
+
+    Attributes:
+        folder: where it is.
+        files: names in the folder.
+        sizes: name -> bytes.
+        notes: what the user has to know.
+        difference: the reload against what was exported; None when it was not verified.
+        rounding: what was exported against what was trained, where the two differ (merging in 16 bits), else None.
+    """
+
+    folder: Path
+    files: tuple[str, ...]
+    sizes: Mapping[str, int]
+    notes: tuple[str, ...]
+    difference: Difference | None = None
+    rounding: Difference | None = None
+
+
+class Exporter(Protocol):
+    """Writes one format."""
+
+    def __call__(self, loaded: LoadedModel, section: ExportSection, folder: Path, info: ExportInfo) -> ExportReport:
+        """Write ``loaded`` (with its adapted layers) as ``section`` asks into the new folder ``folder``.
+
+        Raises:
+            ExportError: the folder exists, or the format cannot hold this model; the message names those that can.
+            DifferenceError: the reload differs by more than its bound.
+        """
+        ...

@@ -1,0 +1,46 @@
+"""The course of every export: stage, write, reload and compare, describe, rename."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qaft.export.base import ExportInfo, ExportReport, Written
+from qaft.export.card import STAMP, export_stamp, model_card
+from qaft.export.hf_files import write_json
+from qaft.export.staging import staged
+from qaft.export.verify import verify_export
+
+if TYPE_CHECKING:
+    from qaft.models.load import LoadedModel
+    from qaft.recipe import ExportSection
+
+
+def publish(
+    loaded: LoadedModel,
+    section: ExportSection,
+    folder: Path,
+    info: ExportInfo,
+    *,
+    write: Callable[[Path], Written],
+) -> ExportReport:
+    """Let ``write`` fill a staging folder, verify it, and make it ``folder``.
+
+    Raises:
+        ExportError: the folder exists without ``section.force``, or the export cannot be loaded.
+        DifferenceError: the reload differs by more than its bound.
+        OSError: the disk; nothing is left in any of these cases.
+    """
+    with staged(folder, force=section.force) as stage:
+        written = write(stage)
+        verification = verify_export(loaded, stage, written) if section.verify else None
+        difference = None if verification is None else verification.difference
+        rounding = None if verification is None else verification.rounding
+        write_json(stage / STAMP, export_stamp(section.format, written, info, difference, rounding))
+        card = model_card(folder.name, section.format, written, info, difference, rounding)
+        (stage / "README.md").write_text(card, encoding="utf-8")
+    sizes = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+    return ExportReport(
+        folder=folder, files=tuple(sizes), sizes=sizes, notes=written.notes, difference=difference, rounding=rounding
+    )

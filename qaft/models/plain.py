@@ -1,0 +1,33 @@
+"""Load a checkpoint as any user of transformers would, to compare with or to evaluate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from qaft.errors import ModelError
+
+
+def load_plain(
+    name: str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return model (evaluation mode) and tokenizer of a folder, a ``.gguf`` file or a hub id.
+
+    Args:
+        name: what to load.
+        device: where to.
+        dtype: None for the checkpoint's own.
+
+    Raises:
+        ModelError: transformers cannot load it.
+    """
+    path = Path(name)
+    where, options = (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (name, {})
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype or "auto", **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{name}: cannot be loaded by transformers: {error}") from error
+    return model.to(device).eval(), tokenizer  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,103 @@
+"""The weight grid: one object quantizes in training and writes the exported integers.
+
+    Q1:  Q(Q(w)) == Q(w)                     (dequantized in fp32)
+    Q2:  |w - Q(w)| <= scale / 2             inside the grid's range
+    Q3:  dQ/dw = 1 inside the range, 0 outside (clamp mask); the scale is constant in backward
+
+Shapes: O = out_features, I = in_features, G = number of groups along I.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class QTensor:
+    """A weight on a grid: ``values`` are integers of the grid, not floats.
+
+    Attributes:
+        values: int8 [O, I]; for affine grids codes in [-2^(b-1), 2^(b-1)-1], for code books indices from 0.
+        scale: [O, G], already rounded to the dtype in which it is stored; I must be divisible by G.
+        zero_point: int8 [O, G] in the same range as ``values``, or None for symmetric grids and code books.
+        codebook: [K] fp32 levels for code-book grids, else None.
+    """
+
+    values: Tensor
+    scale: Tensor
+    zero_point: Tensor | None = None
+    codebook: Tensor | None = None
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Return ``(values - zero_point) * scale``, or ``codebook[values] * scale``, [O, I].
+
+        The product is formed in fp32 (exact for a 16-bit scale and codes of up to 8 bits), then rounded to ``dtype``.
+        """
+        if self.codebook is None:
+            levels = self.values.float()
+        else:
+            levels = self.codebook[self.values.long()]
+        levels = levels.unflatten(-1, (self.scale.shape[-1], -1))
+        if self.zero_point is not None:
+            levels = levels - self.zero_point.float().unsqueeze(-1)
+        return (levels * self.scale.float().unsqueeze(-1)).flatten(-2).to(dtype)
+
+    def equals(self, other: QTensor) -> bool:
+        """Return whether both have the same codes, scales and zero points, bit for bit and in the same dtypes."""
+        pairs = ((self.values, other.values), (self.scale, other.scale), (self.zero_point, other.zero_point))
+        return all(
+            a is b or (a is not None and b is not None and a.dtype == b.dtype and torch.equal(a, b)) for a, b in pairs
+        )
+
+
+_BLOCK_WEIGHTS = 2**17
+"""Weights per CPU thread and block: 512 KiB in fp32, within the second-level cache of current server cores."""
+
+
+def row_blocks(weight: Tensor) -> Iterator[slice]:
+    """Yield slices that cover the rows of ``weight`` [O, I], each small enough to stay in the CPU caches.
+
+    Every pass over a whole matrix goes to main memory, several passes over a block do not. Other devices get one slice:
+    they lose more by small launches than they gain.
+    """
+    num_rows, row_length = weight.shape
+    step = max(1, num_rows)
+    if weight.device.type == "cpu":
+        step = max(1, _BLOCK_WEIGHTS * torch.get_num_threads() // max(1, row_length))
+    for start in range(0, num_rows, step):
+        yield slice(start, start + step)
+
+
+class Quantizer(nn.Module, ABC):
+    """A weight grid that is both the fake quantizer of training and the serializer of exports. Holds no state.
+
+    Attributes:
+        bits: stored bits per weight, without scales.
+        group_size: weights that share a scale along I; None for one scale per output channel.
+        symmetric: whether zero is code 0 without a zero point.
+    """
+
+    bits: int
+    group_size: int | None
+    symmetric: bool
+
+    @abstractmethod
+    def quantize(self, weight: Tensor) -> QTensor:
+        """Return the nearest grid point of ``weight`` [O, I]; computed in fp32, without gradient.
+
+        Raises:
+            ValueError: I is not divisible by the group size.
+        """
+
+    @abstractmethod
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return ``quantize(weight).dequantize`` in fp32 with the straight-through gradient, [O, I] -> [O, I]."""
+
+    @abstractmethod
+    def dither(self, quantized: QTensor, generator: torch.Generator) -> Tensor:
+        """Return fp32 latents, off the grid, whose codes and scales are exactly ``quantized``, [O, I]."""

@@ -1,0 +1,153 @@
+"""What of a run goes into a checkpoint, and how a run continues from one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import warnings
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import qaft
+from qaft.errors import IncompatibleError, RecipeError
+from qaft.recipe import Recipe
+from qaft.train.checkpoint import Checkpoint, checkpoint_path, latest_checkpoint, read_checkpoint, write_checkpoint
+from qaft.train.rng import restore_rng
+from qaft.train.run import TrainRun, TrainState
+
+_SECTIONS = ("model", "select", "update", "qat", "gradient", "regularize", "optim", "data")
+_TRAIN_KEYS = ("steps", "batch_size", "grad_accumulation", "seed", "param_dtype")
+
+
+def deciding_values(recipe: Recipe) -> dict[str, Any]:
+    """Return the parts of a recipe that decide what is computed, as ``{section: values}``.
+
+    Outputs (``export``), logging, evaluation and checkpoint intervals may change between a run and its continuation.
+    """
+    dump = recipe.dump()
+    return {name: dump[name] for name in _SECTIONS} | {"train": {key: dump["train"][key] for key in _TRAIN_KEYS}}
+
+
+def save_state(run: TrainRun, state: TrainState) -> Path:
+    """Write the checkpoint of the last finished step (rank 0) and return its path once every rank may go on.
+
+    Raises:
+        TrainingError: see ``write_checkpoint``.
+    """
+    if run.engine.rank == 0:
+        recipe = deciding_values(run.recipe)
+        nested = {
+            "progress": {"tokens": state.tokens, "unlogged_losses": state.unlogged_losses},
+            "optimizer": run.optimizer.state_dict(),
+            "scheduler": run.scheduler.state_dict(),
+            "rng": state.rng,
+            "source": state.source,
+            "recipe": recipe,
+            "recipe_sha256": hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest(),
+            "versions": library_versions(),
+        }
+        checkpoint = Checkpoint(step=state.step, trainables=run.params, state=nested)
+        write_checkpoint(run.folder, checkpoint, keep=run.section.keep)
+    run.engine.wait()
+    return checkpoint_path(run.folder, state.step)
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions that a bit-exact continuation depends on."""
+    return {
+        "qaft": qaft.__version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "transformers": version("transformers"),
+    }
+
+
+def start_state(run: TrainRun) -> TrainState:
+    """Return where training starts: restored from the newest good checkpoint with ``train.resume``, else step 0.
+
+    Raises:
+        RecipeError: there are checkpoints in the folder and ``train.resume`` is off.
+        IncompatibleError: the checkpoint belongs to another run; see ``restore``.
+    """
+    latest = latest_checkpoint(run.folder)
+    if latest is None:
+        if run.section.resume:
+            run.log.note(f"train.resume: no checkpoint in {run.folder}, starting at step 0")
+        return TrainState()
+    if not run.section.resume:
+        raise RecipeError(
+            f"train.output={run.folder} holds {latest.name} of an earlier run: set train.resume=true to continue it, "
+            "or choose another folder"
+        )
+    return restore(run, latest)
+
+
+def restore(run: TrainRun, path: Path) -> TrainState:
+    """Load a checkpoint into the run's parameters, optimizer, scheduler, source and random generators.
+
+    Everything is checked before anything is changed. A different torch version only warns.
+
+    Raises:
+        IncompatibleError: recipe, or names, shapes or dtypes of the parameters differ; the message says which.
+        TrainingError: the checkpoint is damaged.
+    """
+    checkpoint = read_checkpoint(path)
+    state = checkpoint.state
+    _check_recipe(state["recipe"], deciding_values(run.recipe), path)
+    _check_trainables(checkpoint.trainables, run.params, path)
+    changed = {k: v for k, v in library_versions().items() if state["versions"].get(k) != v}
+    if changed:
+        warnings.warn(
+            f"{path} was written with {state['versions']}, now {changed}: the continuation may differ in rounding",
+            stacklevel=2,
+        )
+    with torch.no_grad():
+        for name, param in run.params.items():
+            param.copy_(checkpoint.trainables[name])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.scheduler.load_state_dict(state["scheduler"])
+    run.source.load_state_dict(state["source"])
+    restore_rng(state["rng"], run.engine.device)
+    progress = state["progress"]
+    return TrainState(
+        step=checkpoint.step, tokens=progress["tokens"], unlogged_losses=tuple(progress["unlogged_losses"])
+    )
+
+
+def _check_recipe(stored: Mapping[str, Any], current: Mapping[str, Any], path: Path) -> None:
+    before, now = _by_key(stored), _by_key(current)
+    differing = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
+    if differing:
+        changes = "; ".join(f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in differing)
+        raise IncompatibleError(
+            f"{path} was trained with another recipe ({changes}); restore these values, or choose another train.output"
+        )
+
+
+def _check_trainables(stored: Mapping[str, Tensor], params: Mapping[str, nn.Parameter], path: Path) -> None:
+    problems = [f"{name} is not in the model" for name in stored.keys() - params.keys()]
+    problems += [f"{name} is not in the checkpoint" for name in params.keys() - stored.keys()]
+    for name in stored.keys() & params.keys():
+        old, new = stored[name], params[name]
+        if old.shape != new.shape or old.dtype != new.dtype:
+            problems.append(f"{name} is {list(old.shape)} {old.dtype} there, {list(new.shape)} {new.dtype} here")
+    if problems:
+        shown = "; ".join(sorted(problems)[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise IncompatibleError(f"{path} does not fit the model: {shown}; check the sections model, select and update")
+
+
+def _by_key(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``{section.key: value}``; a section that is no mapping (a list, null) is one value."""
+    flat: dict[str, Any] = {}
+    for section, content in sections.items():
+        if isinstance(content, Mapping):
+            flat |= {f"{section}.{key}": value for key, value in content.items()}
+        else:
+            flat[section] = content
+    return flat

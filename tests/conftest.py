@@ -1,0 +1,44 @@
+"""Fixtures shared by all tests: tiny random models, and the optional real model and data beside the checkout."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+SHARED = Path(os.environ.get("QAFT_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+
+
+def _shared(relative: str) -> Path:
+    path = SHARED / relative
+    if not path.exists():
+        pytest.skip(f"{relative} is not part of the project; set QAFT_SHARED to the folder that holds it")
+    return path
+
+
+@pytest.fixture(scope="session")
+def stories260k() -> Path:
+    """Folder of a real fp32 Llama of 260,032 parameters (hidden 64, 5 layers, 8/4 heads, tied embeddings)."""
+    return _shared("models/stories260k-hf")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of public data sets used for measurements."""
+    return _shared("data")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _threads() -> None:
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """A seeded CPU generator."""
+    return torch.Generator().manual_seed(0)

@@ -1,0 +1,153 @@
+"""Tiny checkpoints on disk and trained models on top of them: what ``qaft.build`` makes, without data and training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from qaft.bases.base import LinearSpec
+from qaft.evaluate.float32 import float_logits
+from qaft.export.base import ExportInfo
+from qaft.layers.adapted import AdaptedLinear
+from qaft.layers.attach import attach
+from qaft.models.load import LoadedModel, linear_names, load_model
+from qaft.quant import build_quantizer
+from qaft.recipe import ExportSection, ModelSection, QatSection
+from qaft.updates import UPDATES
+
+UPDATE_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dense": ("dense", {}),
+    "lowrank": ("lowrank", {"rank": 3, "alpha": 12.0}),
+    "rows": ("roco", {"rows": 4}),
+    "columns": ("roco", {"columns": 3}),
+    "both": ("roco", {"rows": 2, "columns": 3}),
+}
+SIZES: dict[str, Any] = {
+    "vocab_size": 260,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+INFO = ExportInfo(
+    recipe={"model": {"name": "tiny"}}, base="org/tiny", command="qaft export runs/x", metrics={"loss": 1.5}
+)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    wrapped.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    return wrapped
+
+
+def write_checkpoint(
+    folder: Path, *, family: str = "llama", tied: bool = False, dtype: torch.dtype = torch.bfloat16
+) -> Path:
+    """A random model whose norms are not ones and whose biases are not zeros."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if family == "llama":
+            model: Any = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=tied))
+        else:
+            model = Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=tied))
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                nn.init.uniform_(parameter, 0.5, 1.5)
+            else:
+                nn.init.normal_(parameter, std=0.08)
+    model.to(dtype).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def trained(
+    checkpoint: Path,
+    update: str = "lowrank",
+    *,
+    qat: QatSection | None = None,
+    storage: str = "bf16",
+    dtype: str = "bfloat16",
+    select: Callable[[str], bool] = lambda name: True,
+    size: float = 0.05,
+) -> LoadedModel:
+    """The checkpoint with random updates of ``size`` relative to the weights in the selected layers."""
+    from qaft.models.source import open_source
+
+    names = [n for n in linear_names(open_source(str(checkpoint)).config) if select(n)]
+    chosen = frozenset(names)
+    loaded = load_model(
+        ModelSection(name=str(checkpoint), storage=storage, dtype=dtype),
+        qat=qat,
+        latent=lambda name: qat is not None and name in chosen,
+        adapted=lambda name: name in chosen,
+    )
+    quantizer = None if qat is None else build_quantizer(qat.weights, scale_dtype=getattr(torch, dtype))
+    kind, options = UPDATE_OPTIONS[update]
+
+    def adapt(name: str, base: Any) -> AdaptedLinear:
+        spec = LinearSpec(name=name, out_features=base.out_features, in_features=base.in_features)
+        return AdaptedLinear(base, UPDATES[kind](spec, **options), quantizer=quantizer)
+
+    for layer in attach(loaded.model, names, adapt).values():
+        move(layer, size)
+    return loaded
+
+
+@torch.no_grad()
+def move(layer: AdaptedLinear, size: float) -> None:
+    generator = torch.Generator().manual_seed(layer.in_features)
+    for parameter in layer.update.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    base = layer.base.dequantize().float()
+    change = (layer.update.merge(base) - base).norm()
+    # Low-rank updates are products: scaling one factor scales the update.
+    last = (
+        list(layer.update.parameters())
+        if "RoCo" in type(layer.update).__name__
+        else [list(layer.update.parameters())[-1]]
+    )
+    for parameter in last:
+        parameter.mul_(size * base.norm() / change)
+
+
+def section(format: str, *, verify: bool = False, **options: Any) -> ExportSection:
+    return ExportSection(format=format, verify=verify, **options)
+
+
+def prompts() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 256, (length,), generator=generator) for length in (7, 12)]
+
+
+def reloaded(folder: Path) -> Any:
+    """What a user gets; every tensor must have found its place."""
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    model.eval()
+    with torch.no_grad():
+        model(torch.zeros(1, 1, dtype=torch.int64))
+    return model
+
+
+def relative_difference(a: nn.Module, b: nn.Module) -> float:
+    pairs = zip(float_logits(a, prompts()), float_logits(b, prompts()), strict=True)
+    return max(float((x - y).abs().max() / x.abs().max()) for x, y in pairs)

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qaft.quant import NF4, Affine, build_quantizer
+from qaft.recipe import GridSection
+
+
+def test_an_int_section_gives_an_affine_grid_with_its_options() -> None:
+    section = GridSection(kind="int", bits=3, group_size=32, symmetric=False)
+    grid = build_quantizer(section, scale_dtype=torch.bfloat16)
+    assert isinstance(grid, Affine)
+    assert (grid.bits, grid.group_size, grid.symmetric, grid.scale_dtype) == (3, 32, False, torch.bfloat16)
+
+
+@pytest.mark.parametrize("group_size", [None, -1])
+def test_no_group_size_means_one_scale_per_output_channel(group_size: int | None) -> None:
+    grid = build_quantizer(GridSection(group_size=group_size), scale_dtype=torch.float32)
+    assert grid.group_size is None
+    assert grid.quantize(torch.randn(3, 40)).scale.shape == (3, 1)
+
+
+def test_an_nf4_section_gives_blocks_of_64() -> None:
+    grid = build_quantizer(GridSection.model_validate({"kind": "nf4"}), scale_dtype=torch.bfloat16)
+    assert isinstance(grid, NF4)
+    assert grid.group_size == 64
+    assert grid.quantize(torch.randn(2, 64)).scale.dtype == torch.float32
+
+
+@pytest.mark.parametrize("group_size", [None, 48])
+def test_block_sizes_that_bitsandbytes_lacks_are_refused(group_size: int | None) -> None:
+    section = GridSection(kind="nf4", group_size=group_size)
+    with pytest.raises(ValueError, match="must be one of 32, 64, 128"):
+        build_quantizer(section, scale_dtype=torch.float32)

@@ -1,0 +1,161 @@
+"""What a recipe accepts, and what it says when it does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from qaft.cli import overrides_from
+from qaft.compat import INCOMPATIBLE, cautions
+from qaft.errors import IncompatibleError, RecipeError
+from qaft.recipe import apply_overrides, load_recipe, parse_override, parse_recipe, save_recipe
+
+CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
+MINIMAL = {"model": {"name": "m"}}
+
+
+def recipe(**sections):
+    return parse_recipe({**MINIMAL, **sections})
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_shipped_recipe_is_valid(path: Path) -> None:
+    assert load_recipe(path).model.name
+
+
+def test_the_interface_of_the_readme_is_accepted() -> None:
+    text = """
+model:    {name: PATH_OR_ID, storage: int4, dtype: bfloat16}
+select:   {kind: patterns, targets: [q_proj, v_proj]}
+update:   {kind: dense}
+qat:      {weights: {bits: 4, group_size: 128, symmetric: true}, rotation: hadamard}
+gradient: {kind: backprop}
+regularize: []
+optim:    {name: adamw, lr: 1.0e-4, weight_decay: 0.0, lr_scale: {v_proj: 1}}
+data:     {train: train.jsonl, valid: valid.jsonl, format: auto, max_length: 512, packing: true}
+train:    {steps: 200, batch_size: 8, grad_accumulation: 1, seed: 0, eval_every: 50, save_every: 100, resume: false, output: runs/name}
+export:   [{format: merged}, {format: compressed-tensors}]
+"""
+    assert parse_recipe(yaml.safe_load(text)).qat.weights.group_size == 128
+
+
+@pytest.mark.parametrize(
+    ("raw", "fragments"),
+    [
+        ({"modle": {}}, ["modle is not a key", "did you mean 'model'?"]),
+        ({"model": {"name": "m", "storag": "int4"}}, ["model.storag", "did you mean 'storage'?"]),
+        ({"model": {"name": "m", "storage": "int5"}}, ["model.storage='int5'", "nf4"]),
+        ({**MINIMAL, "train": {"steps": 0}}, ["train.steps=0", "greater than or equal to 1"]),
+        ({**MINIMAL, "train": {"steps": "many"}}, ["train.steps='many'", "integer"]),
+        ({**MINIMAL, "qat": {"weights": {"bits": 9}}}, ["qat.weights.bits=9"]),
+        ({**MINIMAL, "qat": {"weights": {"group_size": 3}}}, ["group_size=3"]),
+        ({}, ["model is required"]),
+        ([], ["must be a mapping"]),
+    ],
+)
+def test_mistakes_are_named_with_place_value_and_what_is_allowed(raw, fragments) -> None:
+    with pytest.raises(RecipeError) as error:
+        parse_recipe(raw)
+    for fragment in fragments:
+        assert fragment in str(error.value)
+    assert error.value.exit_code == 2
+
+
+ROWS = {
+    "bitsandbytes storage x compressed-tensors export": {
+        "model": {"name": "m", "storage": "nf4"},
+        "export": [{"format": "compressed-tensors"}],
+    },
+    "adapter on a packed base x compressed-tensors export": {
+        "model": {"name": "m", "storage": "int4"},
+        "export": [{"format": "compressed-tensors"}],
+    },
+    "code-book grid x compressed-tensors export": {
+        "qat": {"weights": {"kind": "nf4"}},
+        "export": [{"format": "compressed-tensors"}],
+    },
+    "unpackable bit width x compressed-tensors export": {
+        "qat": {"weights": {"bits": 3}},
+        "export": [{"format": "compressed-tensors"}],
+    },
+    "int4 storage x code-book grid": {"model": {"name": "m", "storage": "int4"}, "qat": {"weights": {"kind": "nf4"}}},
+    "int4 storage x another bit width": {"model": {"name": "m", "storage": "int4"}, "qat": {"weights": {"bits": 3}}},
+    "dense update x peft export": {"update": {"kind": "dense"}, "export": [{"format": "peft"}]},
+    "double quantization x storage without block scales": {"model": {"name": "m", "double_quant": True}},
+}
+
+
+def test_every_incompatible_pair_has_a_case() -> None:
+    assert set(ROWS) == {row.name for row in INCOMPATIBLE}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_incompatible_pairs_are_refused_when_the_recipe_is_read(name: str) -> None:
+    with pytest.raises(IncompatibleError) as error:
+        recipe(**ROWS[name])
+    row = next(r for r in INCOMPATIBLE if r.name == name)
+    assert row.reason in str(error.value)
+    assert row.instead in str(error.value)
+
+
+@pytest.mark.parametrize("name", [n for n in ROWS if "export" in n])
+def test_force_on_the_export_lets_the_recipe_through(name: str) -> None:
+    sections = {**ROWS[name], "export": [{**ROWS[name]["export"][0], "force": True}]}
+    assert recipe(**sections).export[0].force
+
+
+def test_a_high_rate_for_v_is_cautioned_for_dense_updates_only() -> None:
+    optim = {"lr_scale": {"v_proj": 4}}
+    assert "collapse" in cautions(recipe(update={"kind": "dense"}, optim=optim))[0]
+    assert cautions(recipe(update={"kind": "lowrank"}, optim=optim)) == []
+
+
+def test_overrides_reach_into_sections_and_lists() -> None:
+    raw = apply_overrides({**MINIMAL, "export": [{"format": "merged"}]}, ["train.lr_=1", "export.0.format=peft"])
+    assert raw["train"] == {"lr_": 1}
+    assert raw["export"] == [{"format": "peft"}]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("a.b=1e-4", 1e-4), ("a.b=true", True), ("a.b=null", None), ("a.b=[1, 2]", [1, 2]), ("a.b=x", "x")]
+)
+def test_override_values_are_yaml(text: str, value) -> None:
+    assert parse_override(text) == (["a", "b"], value)
+
+
+@pytest.mark.parametrize("text", ["steps", "=3", "a=[1"])
+def test_malformed_overrides_are_refused(text: str) -> None:
+    with pytest.raises(RecipeError, match="override"):
+        parse_override(text)
+
+
+def test_overriding_through_a_value_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"model.name is 'm', not a section"):
+        apply_overrides(MINIMAL, ["model.name.x=1"])
+
+
+def test_both_spellings_of_overrides_and_launcher_flags() -> None:
+    given = ["train.steps=3", "--optim.lr", "1e-3", "--local_rank=1", "--data.limit=5"]
+    assert overrides_from(given) == ["train.steps=3", "--optim.lr=1e-3", "--data.limit=5"]
+
+
+def test_a_run_folder_is_accepted_for_its_recipe(tmp_path: Path) -> None:
+    save_recipe(recipe(train={"steps": 7}), tmp_path)
+    assert load_recipe(tmp_path, ["train.seed=3"]).train.model_dump()["seed"] == 3
+    assert load_recipe(tmp_path).train.steps == 7
+
+
+def test_missing_files_and_broken_yaml_are_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no such recipe"):
+        load_recipe(tmp_path / "x.yaml")
+    with pytest.raises(RecipeError, match="not a run folder"):
+        load_recipe(tmp_path)
+    broken = tmp_path / "b.yaml"
+    broken.write_text("model: {name: [}")
+    with pytest.raises(RecipeError, match="not valid YAML"):
+        load_recipe(broken)
+    broken.write_text("model: !!python/object/apply:os.system ['true']")
+    with pytest.raises(RecipeError, match="not valid YAML"):
+        load_recipe(broken)
