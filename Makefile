@@ -36,7 +36,7 @@ test-gpu: install
 check: install
 	$(BIN)/ruff check qaft tests launch
 	$(BIN)/ruff format --check qaft tests launch
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

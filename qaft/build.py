@@ -1,6 +1,6 @@
 """The composition root: Recipe -> Run. The only module that sees every part; the parts never see each other.
 
-    checkpoint -> load_model (stream, rotate, quantize) -> select -> attach(base, update, quantizer) -> train -> export
+checkpoint -> load_model (stream, rotate, quantize) -> select -> attach(base, update, quantizer) -> train -> export
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The command line: every verb parses its arguments and calls ``qaft.commands``; torch is imported only by verbs that need it."""
+"""The command line: a verb parses its arguments and calls ``qaft.commands``; only verbs that need torch import it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LISTS = ("updates", "quantizers", "rotations", "selectors", "sources", "regulari
 
 
 def overrides_from(arguments: list[str]) -> list[str]:
-    """Return ``key=value`` strings from ``key=value``, ``--key=value`` and ``--key value``; launcher flags are dropped."""
+    """Return ``key=value`` for each of ``key=value``, ``--key=value``, ``--key value``; launcher flags are dropped."""
     result: list[str] = []
     pending = list(arguments)
     while pending:
@@ -118,7 +118,9 @@ def export(
 def diff(
     a: Annotated[str, typer.Argument(help="run folder, exported folder, base checkpoint or id")],
     b: Annotated[str, typer.Argument(help="what to compare it with")],
-    prompts: Annotated[Path | None, typer.Option(help="text file, one prompt a line; default: built-in prompts")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="text file, one prompt a line; default: built-in prompts")
+    ] = None,
     gate: Annotated[float | None, typer.Option(help="largest relative logit difference; above it exit with 5")] = None,
     debug: Debug = False,
 ) -> None:
@@ -159,7 +161,7 @@ def schema(debug: Debug = False) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit: 0 ok, 1 failure, 2 usage, 4 data, 5 a comparison failed, 130/143 stopped by a signal."""
+    """Run the command line and exit: 0 ok, 1 failure, 2 usage, 4 data, 5 comparison failed, 130/143 stopped by a signal."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not sys.stderr.isatty():
         # Libraries draw bars that fill a log file with thousands of lines.
@@ -176,5 +178,7 @@ def main(arguments: list[str] | None = None) -> None:
 def describe(error: Exception) -> str:
     """Return the message of an error as a user can act on it."""
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"the disk is full ({error.filename or 'while writing'}); free space and run again: saved files are intact"
+        return (
+            f"the disk is full ({error.filename or 'while writing'}); free space and run again: saved files are intact"
+        )
     return str(error) or type(error).__name__

@@ -1,4 +1,4 @@
-"""The few pairs of choices that exclude each other, as one table with reasons; there is no pair-``if`` anywhere else."""
+"""The few pairs of choices that exclude each other, as one table with reasons; no pair-``if`` anywhere else."""
 
 from __future__ import annotations
 
@@ -51,10 +51,12 @@ INCOMPATIBLE: tuple[Rule, ...] = (
     ),
     Rule(
         "unpackable bit width x compressed-tensors export",
-        lambda r: r.qat is not None
-        and r.qat.weights.kind == "int"
-        and r.qat.weights.bits not in EXPORTABLE_BITS
-        and _exports(r, "compressed-tensors"),
+        lambda r: (
+            r.qat is not None
+            and r.qat.weights.kind == "int"
+            and r.qat.weights.bits not in EXPORTABLE_BITS
+            and _exports(r, "compressed-tensors")
+        ),
         "readers of the packed format support 4 and 8 bits",
         "set qat.weights.bits to 4 or 8, or export `merged`",
     ),

@@ -1,8 +1,8 @@
 """The recipe file as frozen types: unknown keys are refused, and nothing here imports torch.
 
-A recipe is YAML (safe loader: configuration never executes code). ``kind``/``name``-style sections (``update``, ``select``,
-``gradient``, ``regularize``) hold free options that are checked against the constructor of the registered class when the
-run is built, so that an option is declared and documented once.
+A recipe is YAML (safe loader: configuration never executes code). Sections with a ``kind`` (``update``, ``select``,
+``gradient``, ``regularize``) hold free options that are checked against the constructor of the registered class when
+the run is built, so that an option is declared and documented once.
 """
 
 from __future__ import annotations
@@ -48,12 +48,16 @@ class ModelSection(Section):
     name: str = Field(description="Hugging Face id, local folder, .gguf file, or run folder")
     storage: Storage = Field("bf16", description="storage of frozen linear layers")
     dtype: DTypeName = Field("bfloat16", description="dtype of computation and of everything that is not packed")
-    double_quant: bool = Field(False, description="nf4/fp4 only: quantize the block scales too (never on trained layers)")
+    double_quant: bool = Field(
+        False, description="nf4/fp4 only: quantize the block scales too (never on trained layers)"
+    )
     group_size: int | None = Field(
         128, description="int4, int8_group without qat: weights per scale; null or -1: per channel (qat brings its own)"
     )
     revision: str | None = Field(None, description="git revision on the hub")
-    trust_remote_code: bool = Field(False, description="run Python code that the checkpoint ships; off unless you say so")
+    trust_remote_code: bool = Field(
+        False, description="run Python code that the checkpoint ships; off unless you say so"
+    )
     attention: str = Field("sdpa", description="transformers attn_implementation")
 
 
@@ -153,9 +157,9 @@ class DataSection(Section):
 
     train: str | None = Field(None, description="file (.jsonl .json .csv .parquet), hub id, or id:config")
     valid: str | None = None
-    format: Literal[
-        "auto", "messages", "prompt_completion", "instruction", "sharegpt", "text", "classification"
-    ] = "auto"
+    format: Literal["auto", "messages", "prompt_completion", "instruction", "sharegpt", "text", "classification"] = (
+        "auto"
+    )
     max_length: int = Field(1024, ge=8, description="tokens per sequence")
     packing: bool = Field(True, description="several samples in one row, without attention between them")
     chat_template: Literal["auto", "tokenizer", "plain"] = Field(

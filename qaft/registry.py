@@ -1,4 +1,4 @@
-"""``{kind: name, **options}`` -> object; the constructor is the schema, so an option is declared and documented once."""
+"""``{kind: name, **options}`` -> object; the constructor is the schema, so an option is declared once."""
 
 from __future__ import annotations
 
@@ -55,13 +55,12 @@ def check_options(cls: type, options: Mapping[str, Any], *, where: str) -> None:
                 n if p.default is inspect.Parameter.empty else f"{n}={p.default!r}" for n, p in allowed.items()
             )
             raise RecipeError(
-                f"{where}.{name} is not an option of {cls.__name__}: it takes {listing or 'no options'}{suggest(name, dict(allowed))}"
+                f"{where}.{name} is not an option of {cls.__name__}: it takes {listing or 'no options'}"
+                f"{suggest(name, dict(allowed))}"
             )
 
 
-def build_from(
-    registry: Mapping[str, type[T]], kind: str, options: Mapping[str, Any], *args: Any, where: str
-) -> T:
+def build_from(registry: Mapping[str, type[T]], kind: str, options: Mapping[str, Any], *args: Any, where: str) -> T:
     """Construct the object that ``{kind, **options}`` describes.
 
     Args:
@@ -83,7 +82,7 @@ def build_from(
 
 
 def schema_of(cls: type) -> dict[str, dict[str, str]]:
-    """Return ``{option: {"type": ..., "default": ...}}`` of a registered class, for ``qaft list`` and ``qaft schema``."""
+    """Return ``{option: {"type": ..., "default": ...}}`` of a registered class, for ``qaft list``."""
     rows: dict[str, dict[str, str]] = {}
     for name, parameter in options_of(cls).items():
         default = "required" if parameter.default is inspect.Parameter.empty else repr(parameter.default)

@@ -119,7 +119,8 @@ def test_overrides_reach_into_sections_and_lists() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("a.b=1e-4", 1e-4), ("a.b=true", True), ("a.b=null", None), ("a.b=[1, 2]", [1, 2]), ("a.b=x", "x")]
+    ("text", "value"),
+    [("a.b=1e-4", 1e-4), ("a.b=true", True), ("a.b=null", None), ("a.b=[1, 2]", [1, 2]), ("a.b=x", "x")],
 )
 def test_override_values_are_yaml(text: str, value) -> None:
     assert parse_override(text) == (["a", "b"], value)

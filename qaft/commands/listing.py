@@ -44,7 +44,9 @@ def print_list(what: str) -> None:
         raise RecipeError(f"list {what!r}: must be one of {', '.join(allowed)}{suggest(what, allowed)}")
     table = Table("name", "what", "options", title=what)
     for name, cls in sorted(registries[what]().items()):
-        options = ", ".join(f"{n}={row['default']}" for n, row in schema_of(cls).items()) if inspect.isclass(cls) else ""
+        options = (
+            ", ".join(f"{n}={row['default']}" for n, row in schema_of(cls).items()) if inspect.isclass(cls) else ""
+        )
         table.add_row(name, (inspect.getdoc(cls) or "").partition("\n")[0], options)
     Console().print(table)
 

@@ -1,4 +1,4 @@
-"""Compute with dense weights for a while: a token at a time, rebuilding packed weights would cost more than the products.
+"""Compute with dense weights for a while: token by token, rebuilding packed ones would cost more than the products.
 
 The values are those of the packed forward, bit for bit: what is kept is what each layer would rebuild for every call.
 """
@@ -23,7 +23,7 @@ MEMORY_SHARE = 0.5
 
 @contextmanager
 def unpacked(model: nn.Module) -> Iterator[None]:
-    """Replace packed and fake-quantized layers by their dense weights, where memory allows it; afterwards all is as it was."""
+    """Replace packed and fake-quantized layers by their dense weights where memory allows it; restored afterwards."""
     layers = {name: layer for name, layer in model.named_modules() if _rebuilds(layer)}
     # A packed base inside a fake-quantized layer goes with it.
     whole = {name for name, layer in layers.items() if isinstance(layer, AdaptedLinear)}

@@ -73,13 +73,13 @@ class Bound:
 
 
 EXACT = Bound(max_relative=1e-5, reason="equal weights, fp32 sums in another order")
-"""The exported weights are the live ones; measured on Llamas of 2 to 30 layers: 0 to 2e-6."""
+"""The exported weights are the live ones: measured 0; 3e-6 where an fp32 export is turned back to the original basis."""
 
 OTHER_DEVICE = Bound(max_relative=1e-4, reason="equal weights, reloaded on another device")
 """As EXACT, when the device of the run has no room for a second model."""
 
 FLOOR_16BIT = Bound(kl_mean=1e-3, reason="rounded to 16 bits once more, in another basis")
-"""Storing a model in bf16 costs up to 5e-4 nats per token (rotation.md 4.7, T1); here it happens in two bases."""
+"""A 260k-parameter Llama trained on stories: 2.6e-4 nats per token in bf16, 4e-6 in fp16."""
 
 UNBOUNDED = Bound(reason="not the trained function by construction")
 

@@ -64,7 +64,7 @@ def model_card(
     }
     sections = [
         f"# {name}",
-        f"{info.base}, fine-tuned and exported by [qaft](https://pypi.org/project/qaft/) {__version__}.",
+        f"{info.base}, fine-tuned and exported by qaft {__version__}.",
         _loading(name, format),
         _storage(format, written),
         _check(difference, rounding),

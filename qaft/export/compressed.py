@@ -38,6 +38,7 @@ from qaft.export.tensors import (
     merged_weight,
     model_dtype,
     model_parts,
+    require_plain_options,
     require_portable,
 )
 from qaft.layers.adapted import AdaptedLinear
@@ -69,6 +70,7 @@ def export_compressed(loaded: LoadedModel, section: ExportSection, folder: Path,
         ExportError: see ``Exporter``; or a grid cannot be packed, nothing is on one, or the update would not survive.
         DifferenceError: the reload differs by more than its bound.
     """
+    require_plain_options(section)
     layers = linear_layers(loaded.model)
     require_portable(layers)
     plan = _plan(loaded, layers, force=section.force)

@@ -25,7 +25,7 @@ from qaft.export.base import EXACT, FLOOR_16BIT, UNBOUNDED, Bound, ExportInfo, E
 from qaft.export.checkpoint_writer import to_dtype
 from qaft.export.hf_files import write_json, write_tokenizer
 from qaft.export.publish import publish
-from qaft.export.tensors import linear_layers, model_dtype, require_portable
+from qaft.export.tensors import linear_layers, model_dtype, require_plain_options, require_portable
 from qaft.layers.adapted import AdaptedLinear
 from qaft.rotation.places import Place, places_of
 from qaft.updates.base import LowRankFactors
@@ -42,6 +42,7 @@ def export_peft(loaded: LoadedModel, section: ExportSection, folder: Path, info:
         ExportError: see ``Exporter``; or an update has no bounded rank.
         DifferenceError: the reload differs by more than its bound.
     """
+    require_plain_options(section)
     require_portable(linear_layers(loaded.model))
     adapted = {n: m for n, m in linear_layers(loaded.model).items() if isinstance(m, AdaptedLinear)}
     if not adapted:

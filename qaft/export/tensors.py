@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from qaft.bases.base import FrozenLinear
 from qaft.bases.dense import DenseBase
-from qaft.errors import ExportError
+from qaft.errors import ExportError, RecipeError
 from qaft.export.base import Linear
 from qaft.layers.adapted import AdaptedLinear
 
 if TYPE_CHECKING:
     from qaft.models.load import LoadedModel
+    from qaft.recipe import ExportSection
 
 HEAD = "lm_head"
 
@@ -82,6 +83,20 @@ def is_tied(model: nn.Module) -> bool:
     """Return whether embedding and head are one tensor in the live model."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
     return head is not None and getattr(head, "weight", None) is embedding.weight  # pyright: ignore
+
+
+def require_plain_options(section: ExportSection) -> None:
+    """Refuse options of ``merged`` for a format that stores what was trained as it is.
+
+    Raises:
+        RecipeError: dtype or basis is set.
+    """
+    for key, wanted in (("dtype", section.dtype), ("basis", section.basis if section.basis != "fused" else None)):
+        if wanted is not None:
+            raise RecipeError(
+                f"export.{key}={wanted!r} applies to format merged only; leave it out for {section.format}, which stores "
+                "what was trained as it is"
+            )
 
 
 def require_portable(layers: dict[str, Linear]) -> None:

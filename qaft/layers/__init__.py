@@ -1,0 +1,1 @@
+"""Where base, update, rotation and quantizer meet: the module that replaces a linear layer."""

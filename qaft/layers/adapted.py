@@ -26,8 +26,8 @@ from qaft.updates.base import Update
 class _RebuiltLinear(torch.autograd.Function):
     """``F.linear(x, build())`` that keeps x and rebuilds the weight in backward.
 
-    ``torch.utils.checkpoint`` would give the same gradients but repeats the forward matmul; here only the weight is rebuilt.
-    The parameters are inputs of the function, so that engines that hook gradients see an ordinary graph.
+    ``torch.utils.checkpoint`` would give the same gradients but repeats the forward matmul; here only the weight is
+    rebuilt. The parameters are inputs of the function, so that engines that hook gradients see an ordinary graph.
     """
 
     @staticmethod

@@ -1,6 +1,6 @@
-"""The main job in one command: base, 16-bit fine-tune, its PTQ, the quantization-aware run and its reloaded export, compared.
+"""The main job in one command: base, 16-bit fine-tune, its PTQ, the quantization-aware run and its export, compared.
 
-    python -m qaft.quickstart [--short] [--out DIR]
+python -m qaft.quickstart [--short] [--out DIR]
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from qaft.build import default_device
 from qaft.commands.train import train_and_export
 from qaft.errors import ModelError, QaftError
 from qaft.models.load import load_model
-from qaft.models.plain import load_plain
 from qaft.quickstart.score import Score, score
 from qaft.quickstart.task import write_task
 from qaft.recipe import Recipe, apply_overrides, parse_recipe
@@ -124,7 +123,9 @@ def print_result(scores: dict[str, Score], console: Console) -> None:
     """Print the table, and in words what it shows."""
     table = Table("model", "exact match", "loss", "first answer")
     for name, row in scores.items():
-        table.add_row(name, f"{row.exact_match:.1%} ({row.correct}/{row.total})", f"{row.loss:.4f}", row.first_answer[:60])
+        table.add_row(
+            name, f"{row.exact_match:.1%} ({row.correct}/{row.total})", f"{row.loss:.4f}", row.first_answer[:60]
+        )
     console.print(table)
     ptq, trained, exported = list(scores.values())[2:]
     agree = trained.correct == exported.correct and abs(trained.loss - exported.loss) < 1e-3 * trained.loss

@@ -1,6 +1,6 @@
 """Loss and exact match of one model on the quickstart's held-out rows; as a program, of a folder in a fresh process.
 
-    python -m qaft.quickstart.score FOLDER DATA [--rows N]        prints one JSON object
+python -m qaft.quickstart.score FOLDER DATA [--rows N]        prints one JSON object
 """
 
 from __future__ import annotations

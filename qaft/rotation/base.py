@@ -1,7 +1,7 @@
 """An orthogonal map of the last axis.
 
-    R1:  R R^T = I
-    R2:  (x R)(W R)^T == x W^T        (the same call rotates activations and the input side of a weight)
+R1:  R R^T = I
+R2:  (x R)(W R)^T == x W^T        (the same call rotates activations and the input side of a weight)
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Layers by name. QV-only fine-tuning is ``targets: [q_proj, v_proj]`` plus a learning-rate ratio (arXiv 2410.02247)."""
+"""Layers by name. QV-only fine-tuning (arXiv 2410.02247) is ``targets: [q_proj, v_proj]`` and a learning-rate ratio."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qaft.errors import TargetError
 
 
 def match_names(pattern: str, names: Sequence[str]) -> tuple[str, ...]:
-    r"""Return the names in which ``pattern`` matches whole path parts (a regular expression, ``layers\.[0-3]\..*q_proj``).
+    r"""Return the names in which the regular expression ``pattern`` matches whole parts: ``layers\.[0-3]\..*q_proj``.
 
     Raises:
         TargetError: the pattern is no regular expression.

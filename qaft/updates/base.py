@@ -46,7 +46,7 @@ class Update(nn.Module, ABC):
 
     @abstractmethod
     def merge(self, weight: Tensor) -> Tensor:
-        """Return the updated weight, [O, I] -> [O, I]: a new tensor in the dtype of ``weight``, differentiable in theta."""
+        """Return the updated weight, [O, I] -> [O, I]: a new tensor in ``weight``'s dtype, differentiable in theta."""
 
     def low_rank_factors(self) -> LowRankFactors | None:
         """Return the exact factors of ``dW`` when its rank is bounded by construction, else None."""

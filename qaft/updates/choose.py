@@ -1,7 +1,7 @@
 """Which rows or columns of a layer are trained.
 
-Source: RoCoFT (arXiv 2410.10075) section 3 and its ablation of selection strategies; ``per_head`` is ours: with ``first``,
-the few trained rows of q_proj and v_proj would all lie in head 0.
+Source: RoCoFT (arXiv 2410.10075) section 3 and its ablation of selection strategies; ``per_head`` is ours: with
+``first``, the few trained rows of q_proj and v_proj would all lie in head 0.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def choose_indices(
     Args:
         count: how many.
         size: rows or columns of the layer.
-        choose: ``first``; ``random``; ``per_head`` (spread over heads, the same offsets in each round; spread evenly where
-            rows have no heads); ``max`` / ``min`` by ``scores``; ``mixed`` (half of each).
+        choose: ``first``; ``random``; ``per_head`` (spread over heads, the same offsets in each round; spread evenly
+            where rows have no heads); ``max`` / ``min`` by ``scores``; ``mixed`` (half of each).
         name: the layer, for messages.
         generator: source of ``random``.
         scores: [size] importance, needed by max, min and mixed.
@@ -62,7 +62,9 @@ def _spread(count: int, size: int, groups: int) -> Tensor:
 
 def _by_score(count: int, scores: Tensor | None, *, choose: str, name: str) -> Tensor:
     if scores is None:
-        raise ValueError(f"{name}: choose={choose!r} needs calibration scores; use first, random or per_head without data")
+        raise ValueError(
+            f"{name}: choose={choose!r} needs calibration scores; use first, random or per_head without data"
+        )
     order = scores.float().cpu().argsort(descending=True, stable=True)
     top = {"max": count, "min": 0, "mixed": (count + 1) // 2}[choose]
     return torch.cat([order[:top], order[order.numel() - (count - top) :]])

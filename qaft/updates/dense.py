@@ -2,9 +2,9 @@
 
     W = W0 + dW
 
-The delta, not the weight, is the parameter: weight decay on it is the proximal pull towards the base model, and its fp32
-values keep steps that a 16-bit weight would round away. QV-only fine-tuning (arXiv 2410.02247) is this update on q_proj
-and v_proj.
+The delta, not the weight, is the parameter: weight decay on it is the proximal pull towards the base model, and its
+fp32 values keep steps that a 16-bit weight would round away. QV-only fine-tuning (arXiv 2410.02247) is this update on
+q_proj and v_proj.
 
 Shapes: O = out_features, I = in_features.
 """

@@ -35,7 +35,8 @@ class LowRank(Update):
         limit = min(spec.out_features, spec.in_features)
         if not 1 <= rank <= limit:
             raise ValueError(
-                f"{spec.name}: rank={rank} must be in [1, {limit}] for a [{spec.out_features}, {spec.in_features}] weight"
+                f"{spec.name}: rank={rank} must be in [1, {limit}] "
+                f"for a [{spec.out_features}, {spec.in_features}] weight"
             )
         self.scale = alpha / rank
         # The layer's name is part of the seed, so that a layer starts the same whatever else is adapted.

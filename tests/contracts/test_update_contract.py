@@ -29,7 +29,9 @@ def test_every_registered_update_has_a_contract_case() -> None:
 
 def make(case: str, dtype: torch.dtype = torch.float64):
     kind, options = CASES[case]
-    spec = LinearSpec(name="model.layers.0.self_attn.q_proj", out_features=OUT, in_features=IN, dtype=dtype, num_heads=4)
+    spec = LinearSpec(
+        name="model.layers.0.self_attn.q_proj", out_features=OUT, in_features=IN, dtype=dtype, num_heads=4
+    )
     return UPDATES[kind](spec, **options)
 
 
@@ -57,7 +59,9 @@ def base(request: pytest.FixtureRequest) -> FrozenLinear:
 @pytest.mark.parametrize("case", CASES)
 def test_forward_equals_the_merged_weight(case: str, base: FrozenLinear) -> None:
     update, x = trained(case), torch.randn(5, 7, IN, dtype=torch.float64)
-    torch.testing.assert_close(update(x, base.matmul), F.linear(x, update.merge(base.dequantize())), atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(
+        update(x, base.matmul), F.linear(x, update.merge(base.dequantize())), atol=1e-12, rtol=1e-12
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -97,7 +101,9 @@ def test_rebuilt_weight_gives_autograds_gradients(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_parameters_keep_the_requested_dtype_and_the_output_keeps_the_input_dtype(case: str, base: FrozenLinear) -> None:
+def test_parameters_keep_the_requested_dtype_and_the_output_keeps_the_input_dtype(
+    case: str, base: FrozenLinear
+) -> None:
     update = make(case, torch.float32)
     assert {p.dtype for p in update.parameters()} == {torch.float32}
     assert update(torch.randn(2, IN, dtype=torch.bfloat16), base.matmul).dtype == torch.bfloat16

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tiny_export import INFO, relative_difference, reloaded, section, trained
 
 from qaft.bases.affine import AffineBase
-from qaft.errors import ExportError
+from qaft.errors import ExportError, RecipeError
 from qaft.export import EXPORTERS
 from qaft.export.tensors import linear_layers
 from qaft.layers.adapted import AdaptedLinear
@@ -105,6 +105,15 @@ def test_several_grids_become_several_groups_and_dense_layers_are_ignored(
     assert relative_difference(loaded.model, model) <= 1e-5
 
 
+@pytest.mark.parametrize("format", ["compressed-tensors", "peft"])
+@pytest.mark.parametrize("option", [{"dtype": "float16"}, {"basis": "original"}])
+def test_options_of_merged_are_refused_elsewhere(
+    checkpoint: Any, tmp_path: Path, format: str, option: dict[str, Any]
+) -> None:
+    with pytest.raises(RecipeError, match=f"{next(iter(option))}=.* applies to format merged only"):
+        EXPORTERS[format](trained(checkpoint(), qat=qat()), section(format, **option), tmp_path / "out", INFO)
+
+
 def test_the_stamp_names_the_grid(checkpoint: Any, tmp_path: Path) -> None:
     export(trained(checkpoint(), qat=qat(8, None)), section("compressed-tensors"), tmp_path / "out", INFO)
     stamp = json.loads((tmp_path / "out" / "qaft_export.json").read_text())
@@ -136,8 +145,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_what_would_not_be_the_trained_model_is_refused(
     checkpoint: Any, tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
-    if options.get("storage") == "int4":
-        pytest.importorskip("qaft.models.layers")
     loaded = trained(widened(checkpoint, tmp_path) if options.get("storage") == "int4" else checkpoint(), **options)
     with pytest.raises(ExportError, match=message):
         export(loaded, section("compressed-tensors"), tmp_path / "out", INFO)

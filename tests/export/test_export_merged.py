@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from tiny_export import INFO, relative_difference, reloaded, section, trained
 
 from qaft.errors import ExportError
-from qaft.evaluate.difference import PromptLogits, compare_logits
+from qaft.evaluate.difference import PromptLogits, compare_logits, logits_of, prompt_ids
 from qaft.evaluate.float32 import float_logits
 from qaft.export import EXPORTERS
+from qaft.export.base import FLOOR_16BIT
 from qaft.export.tensors import linear_layers
 from qaft.layers.adapted import AdaptedLinear
 from qaft.recipe import GridSection, QatSection
@@ -109,6 +110,14 @@ def test_the_original_basis_in_16_bits_stays_at_the_rounding_floor(checkpoint: A
     ids = (torch.arange(40),)
     live, again = float_logits(loaded.model, ids), float_logits(reloaded(tmp_path / "out"), ids)
     assert compare_logits(PromptLogits(ids, live), PromptLogits(ids, again)).kl_mean <= 1e-3
+
+
+def test_the_original_basis_of_a_real_model_stays_at_the_rounding_floor(stories260k: Path, tmp_path: Path) -> None:
+    loaded = trained(stories260k, qat=qat(GridSection(bits=4, group_size=None)), select=lambda n: n.endswith("q_proj"))
+    merged(loaded, section("merged", basis="original"), tmp_path / "out", INFO)
+    ids = prompt_ids(loaded.tokenizer)
+    live, again = logits_of(loaded.model, ids), logits_of(tmp_path / "out", ids)
+    FLOOR_16BIT.check(compare_logits(live, again))
 
 
 def test_an_adapter_merged_in_fp32_is_not_rounded(checkpoint: Any, tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ from qaft.errors import TargetError
 from qaft.selection.capture import capture_scores
 from qaft.selection.patterns import Patterns, match_names
 
-NAMES = [f"model.layers.{i}.{part}" for i in range(12) for part in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")]
+NAMES = [
+    f"model.layers.{i}.{part}" for i in range(12) for part in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")
+]
 
 
 def test_patterns_match_whole_parts_only() -> None:
@@ -34,7 +36,7 @@ def test_all_selects_everything() -> None:
 
 
 def test_a_pattern_that_matches_nothing_lists_near_names() -> None:
-    with pytest.raises(TargetError, match="q_porj.*near names: .*q_proj"):
+    with pytest.raises(TargetError, match=r"q_porj.*near names: .*q_proj"):
         Patterns(targets=["v_proj", "q_porj"])(NAMES)
 
 

@@ -80,7 +80,9 @@ def test_random_choice_repeats_with_its_seed_and_differs_between_layers() -> Non
     assert rows("a", 0) != rows("a", 1)
 
 
-@pytest.mark.parametrize("options", [{}, {"rows": 17}, {"columns": -1}, {"rows": 1, "choose": "best"}, {"rows": 1, "choose": "max"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"rows": 17}, {"columns": -1}, {"rows": 1, "choose": "best"}, {"rows": 1, "choose": "max"}]
+)
 def test_impossible_options_name_the_layer_and_the_range(options) -> None:
     with pytest.raises(ValueError, match="layer"):
         RoCo(spec(16, 8), **options)
