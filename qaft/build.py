@@ -98,6 +98,21 @@ def check_recipe(recipe: Recipe) -> None:
         check_options(lookup(registry, section.kind, where=where), section.options, where=where)
 
 
+def recipe_source(recipe: Recipe) -> CheckpointSource:
+    """Return the base checkpoint of a recipe.
+
+    Raises:
+        ModelError: it cannot be found or read.
+    """
+    model = recipe.model
+    return open_source(
+        model.name,
+        revision=model.revision,
+        dtype=getattr(torch, model.dtype),
+        trust_remote_code=model.trust_remote_code,
+    )
+
+
 def build_run(recipe: Recipe, *, device: torch.device | None = None) -> Run:
     """Load the base model and put the recipe's updates into it; parameters are at their start.
 
@@ -107,9 +122,9 @@ def build_run(recipe: Recipe, *, device: torch.device | None = None) -> Run:
     """
     check_recipe(recipe)
     device = device or default_device()
-    source = open_source(recipe.model.name, revision=recipe.model.revision)
+    source = recipe_source(recipe)
     selector = build_from(SELECTORS, recipe.select.kind, recipe.select.options, where="select")
-    selected = selector(linear_names(source.config))
+    selected = selector(linear_names(source.config, trust_remote_code=recipe.model.trust_remote_code))
     chosen = frozenset(selected)
     loaded = load_model(
         recipe.model,

@@ -161,7 +161,7 @@ def schema(debug: Debug = False) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit: 0 ok, 1 failure, 2 usage, 4 data, 5 comparison failed, 130/143 stopped by a signal."""
+    """Run the command line and exit: 0 ok, 1 failure, 2 usage, 4 data, 5 comparison failed, 130/143 by a signal."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not sys.stderr.isatty():
         # Libraries draw bars that fill a log file with thousands of lines.

@@ -47,17 +47,18 @@ class LinearSpec:
 
 
 class _FrozenMatmul(torch.autograd.Function):
-    """``x @ W.T`` that keeps nothing for backward: the weight is dequantized again, and x is not needed because W is frozen."""
+    """``x @ W.T + b`` that keeps nothing for backward: W is dequantized again, and a frozen W needs no x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, base: FrozenLinear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, base: FrozenLinear, bias: Tensor | None) -> Tensor:
         ctx.base = base
-        return F.linear(x, base.dequantize().to(x.dtype))
+        # The bias inside the product, as nn.Linear has it: added afterwards it would be a second rounding in 16 bits.
+        return F.linear(x, base.dequantize().to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         (grad,) = grad_outputs
-        return grad @ ctx.base.dequantize().to(grad.dtype), None
+        return grad @ ctx.base.dequantize().to(grad.dtype), None, None
 
 
 class FrozenLinear(nn.Module, ABC):
@@ -84,12 +85,11 @@ class FrozenLinear(nn.Module, ABC):
 
     def matmul(self, x: Tensor) -> Tensor:
         """Return ``x @ W0.T``, [..., I] -> [..., O]; differentiable in x, keeps no activation and no dense weight."""
-        return _FrozenMatmul.apply(x, self)  # pyright: ignore[reportReturnType]
+        return _FrozenMatmul.apply(x, self, None)  # pyright: ignore[reportReturnType]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x @ W0.T + bias``, [..., I] -> [..., O]."""
-        y = self.matmul(x)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return _FrozenMatmul.apply(x, self, self.bias)  # pyright: ignore[reportReturnType]
 
     def extra_repr(self) -> str:
         """Return shape and dtype, as ``nn.Linear`` prints them."""

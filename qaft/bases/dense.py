@@ -1,4 +1,4 @@
-"""A frozen weight in 16 or 32 bits: the latents of quantization-aware layers, and every layer that stays unquantized."""
+"""A frozen weight in 16 or 32 bits: latents of quantization-aware layers, and layers that stay unquantized."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class Bound:
 
 
 EXACT = Bound(max_relative=1e-5, reason="equal weights, fp32 sums in another order")
-"""The exported weights are the live ones: measured 0; 3e-6 where an fp32 export is turned back to the original basis."""
+"""The exported weights are the live ones: measured 0, and 3e-6 for fp32 weights in the original basis."""
 
 OTHER_DEVICE = Bound(max_relative=1e-4, reason="equal weights, reloaded on another device")
 """As EXACT, when the device of the run has no room for a second model."""

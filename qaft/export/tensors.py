@@ -94,8 +94,8 @@ def require_plain_options(section: ExportSection) -> None:
     for key, wanted in (("dtype", section.dtype), ("basis", section.basis if section.basis != "fused" else None)):
         if wanted is not None:
             raise RecipeError(
-                f"export.{key}={wanted!r} applies to format merged only; leave it out for {section.format}, which stores "
-                "what was trained as it is"
+                f"export.{key}={wanted!r} applies to format merged only; leave it out for {section.format}, which "
+                "stores what was trained as it is"
             )
 
 

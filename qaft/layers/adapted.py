@@ -24,17 +24,17 @@ from qaft.updates.base import Update
 
 
 class _RebuiltLinear(torch.autograd.Function):
-    """``F.linear(x, build())`` that keeps x and rebuilds the weight in backward.
+    """``F.linear(x, build(), bias)`` that keeps x and rebuilds the weight in backward.
 
     ``torch.utils.checkpoint`` would give the same gradients but repeats the forward matmul; here only the weight is
     rebuilt. The parameters are inputs of the function, so that engines that hook gradients see an ordinary graph.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, build: Callable[[], Tensor], *theta: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, build: Callable[[], Tensor], bias: Tensor | None, *theta: Tensor) -> Tensor:
         ctx.build = build
         ctx.save_for_backward(x, *theta)
-        return F.linear(x, build().to(x.dtype))
+        return F.linear(x, build().to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -43,13 +43,13 @@ class _RebuiltLinear(torch.autograd.Function):
         with torch.enable_grad():
             weight = ctx.build()
         grad_x = grad @ weight.detach().to(grad.dtype) if ctx.needs_input_grad[0] else None
-        trained = [p for p, needed in zip(theta, ctx.needs_input_grad[2:], strict=True) if needed]
+        trained = [p for p, needed in zip(theta, ctx.needs_input_grad[3:], strict=True) if needed]
         grads: list[Tensor | None] = [None] * len(theta)
         if trained:
             grad_weight = grad.flatten(0, -2).T @ x.flatten(0, -2)  # [O, I]
             found = iter(torch.autograd.grad(weight, trained, grad_weight.to(weight.dtype)))
-            grads = [next(found) if needed else None for needed in ctx.needs_input_grad[2:]]
-        return (grad_x, None, *grads)
+            grads = [next(found) if needed else None for needed in ctx.needs_input_grad[3:]]
+        return (grad_x, None, None, *grads)
 
 
 class AdaptedLinear(nn.Module):
@@ -108,13 +108,11 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output, [..., I] -> [..., O]."""
-        if self.quantizer is None:
-            y = self.update(x, self.base.matmul)
-        else:
+        if self.quantizer is not None:
             x = self.act_quantizer(self.rotation(x))
-            y = _RebuiltLinear.apply(x, self.weight, *self.update.parameters())
-        bias = self.base.bias
-        return y if bias is None else y + bias.to(y.dtype)
+            return _RebuiltLinear.apply(x, self.weight, self.base.bias, *self.update.parameters())
+        y = self.update(x, self.base.matmul)
+        return y if self.base.bias is None else y + self.base.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
         """Return the shape, as ``nn.Linear`` prints it."""

@@ -33,7 +33,7 @@ _DITHER = 0.499
 
 
 class Affine(Quantizer):
-    """An affine grid, ``Q(w) = s (round(w / s) + z - z)``, with ties rounded to the even level.
+    """An affine grid: ``q = clamp(round(w / s) + z)`` and ``Q(w) = s (q - z)``, with ties rounded to even ``w / s``.
 
     Args:
         bits: b, bits per weight, 2 to 8.
@@ -205,7 +205,7 @@ class Affine(Quantizer):
             fitting = [str(size) for size in range(8, min(in_features, 1024) + 1) if in_features % size == 0]
             raise ValueError(
                 f"in_features={in_features} is not divisible by group_size={self.group_size}: use "
-                f"{', '.join([*fitting, 'or null (one scale per output channel)'])}"
+                f"{', '.join(fitting)}{' or ' if fitting else ''}null (one scale per output channel)"
             )
         return in_features // self.group_size
 

@@ -58,17 +58,20 @@ class QTensor:
 _BLOCK_WEIGHTS = 2**17
 """Weights per CPU thread and block: 512 KiB in fp32, within the second-level cache of current server cores."""
 
+_DEVICE_BLOCK_WEIGHTS = 2**24
+"""Weights per block on other devices: few launches, and temporaries of 64 MiB in fp32 whatever the matrix."""
+
 
 def row_blocks(weight: Tensor) -> Iterator[slice]:
-    """Yield slices that cover the rows of ``weight`` [O, I], each small enough to stay in the CPU caches.
+    """Yield slices that cover the rows of ``weight`` [O, I], small enough that several passes over one are cheap.
 
-    Every pass over a whole matrix goes to main memory, several passes over a block do not. Other devices get one slice:
-    they lose more by small launches than they gain.
+    On a CPU every pass over a whole matrix goes to main memory, several passes over a block stay in the caches. On
+    other devices blocks bound the memory of temporaries.
     """
     num_rows, row_length = weight.shape
-    step = max(1, num_rows)
-    if weight.device.type == "cpu":
-        step = max(1, _BLOCK_WEIGHTS * torch.get_num_threads() // max(1, row_length))
+    on_cpu = weight.device.type == "cpu"
+    block = _BLOCK_WEIGHTS * torch.get_num_threads() if on_cpu else _DEVICE_BLOCK_WEIGHTS
+    step = max(1, block // max(1, row_length))
     for start in range(0, num_rows, step):
         yield slice(start, start + step)
 

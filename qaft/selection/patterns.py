@@ -27,7 +27,7 @@ class Patterns:
     """Selects the layers whose name matches any of the patterns and lies in the chosen blocks.
 
     Args:
-        targets: regular expressions on whole parts of the module path; ``all`` selects every linear layer of the blocks.
+        targets: regular expressions on whole parts of the module path; ``all`` selects every linear of the blocks.
         layers: block numbers to keep, ``[first, last]`` inclusive; None for all.
     """
 
