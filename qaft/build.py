@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from qaft.arch import FAMILIES, heads_of
+from qaft.arch import FAMILIES, arch_of, heads_of
 from qaft.bases.base import FrozenLinear, LinearSpec
 from qaft.data import check_isolation, load_samples
 from qaft.data.batches import Batch, EvalBatches, TrainBatches
@@ -135,17 +135,28 @@ def build_run(recipe: Recipe, *, device: torch.device | None = None) -> Run:
         seed=recipe.train.seed,
     )
     scores = _scores(recipe, loaded, selected)
-    layers = attach(loaded.model, selected, _adapter(recipe, source, scores))
+    layers = attach(loaded.model, selected, _adapter(recipe, loaded, scores))
     loaded.model.to(device)  # pyright: ignore[reportArgumentType]
     if recipe.train.gradient_checkpointing:
         loaded.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return Run(recipe=recipe, loaded=loaded, layers=layers, device=device)
 
 
-def _adapter(recipe: Recipe, source: CheckpointSource, scores: Mapping[str, LayerScores]) -> Any:
+def _folded_scales(loaded: LoadedModel) -> dict[str, float]:
+    """Return the root mean square of the norm weight that is folded into each linear layer."""
+    if loaded.fusion is None:
+        return {}
+    readers = arch_of(loaded.source.config).readers()
+    rms = {norm: float(loaded.norms[f"{norm}.weight"].float().pow(2).mean().sqrt()) for norm, _ in readers}
+    return {name: rms[norm] for norm, names in readers for name in names}
+
+
+def _adapter(recipe: Recipe, loaded: LoadedModel, scores: Mapping[str, LayerScores]) -> Any:
+    config = loaded.source.config
+    folded = _folded_scales(loaded)
     dtype = getattr(torch, recipe.model.dtype)
     quantizer = None if recipe.qat is None else build_quantizer(recipe.qat.weights, scale_dtype=dtype)
-    known = source.config.model_type in FAMILIES
+    known = config.model_type in FAMILIES
 
     def adapt(name: str, base: FrozenLinear) -> AdaptedLinear:
         score = scores.get(name)
@@ -154,9 +165,10 @@ def _adapter(recipe: Recipe, source: CheckpointSource, scores: Mapping[str, Laye
             out_features=base.out_features,
             in_features=base.in_features,
             dtype=getattr(torch, recipe.train.param_dtype),
-            num_heads=heads_of(source.config, name) if known else None,
+            num_heads=heads_of(config, name) if known else None,
             row_scores=score.rows if score else None,
             column_scores=score.columns if score else None,
+            input_scale=folded.get(name, 1.0),
             seed=recipe.train.seed,
         )
         update = build_from(UPDATES, recipe.update.kind, recipe.update.options, spec, where="update")

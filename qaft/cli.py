@@ -176,9 +176,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def describe(error: Exception) -> str:
-    """Return the message of an error as a user can act on it."""
+    """Return the message of an error as a user can act on it, in one line."""
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return (
             f"the disk is full ({error.filename or 'while writing'}); free space and run again: saved files are intact"
         )
-    return str(error) or type(error).__name__
+    return " ".join(str(error).split()) or type(error).__name__

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from qaft.recipe import Recipe
 
 PACKED_BNB = ("nf4", "fp4", "int8")
-PACKED_AFFINE = ("int4", "int8_group")
 EXPORTABLE_BITS = (4, 8)
 
 
@@ -26,20 +25,35 @@ class Rule:
     instead: str
 
 
+GRID_BITS = {"int4": 4, "int8_group": 8}
+"""Bits of the storages on an affine grid; group size and zero points are those of ``qat.weights``."""
+
+
 def _exports(recipe: Recipe, format: str) -> bool:
-    return any(e.format == format and not e.force for e in recipe.export)
+    return any(e.format == format for e in recipe.export)
+
+
+def _requantizes(recipe: Recipe) -> bool:
+    """Return whether a packed export is asked for without ``force``, or with it but without a grid to force onto."""
+    has_grid = recipe.model.storage in GRID_BITS or (recipe.qat is not None and recipe.qat.weights.kind == "int")
+    return any(e.format == "compressed-tensors" and not (e.force and has_grid) for e in recipe.export)
+
+
+def _has_mixed_zero_points(recipe: Recipe) -> bool:
+    grid, bits = recipe.qat and recipe.qat.weights, GRID_BITS.get(recipe.model.storage)
+    return grid is not None and grid.kind == "int" and not grid.symmetric and bits not in (None, grid.bits)
 
 
 INCOMPATIBLE: tuple[Rule, ...] = (
     Rule(
         "bitsandbytes storage x compressed-tensors export",
-        lambda r: r.model.storage in PACKED_BNB and _exports(r, "compressed-tensors"),
+        lambda r: r.model.storage in PACKED_BNB and _requantizes(r),
         "the frozen layers would be quantized a second time, onto another grid than the one they are trained on",
         "set model.storage to int4 or int8_group (the export's own grid), or export `merged` or `peft`",
     ),
     Rule(
         "adapter on a packed base x compressed-tensors export",
-        lambda r: r.model.storage in PACKED_AFFINE and r.qat is None and _exports(r, "compressed-tensors"),
+        lambda r: r.model.storage in GRID_BITS and r.qat is None and _requantizes(r),
         "merging an update that was not trained through the grid back onto it erases most of the update",
         "add a qat section (the update is then trained through the grid), or export `merged` or `peft`",
     ),
@@ -59,6 +73,14 @@ INCOMPATIBLE: tuple[Rule, ...] = (
         ),
         "readers of the packed format support 4 and 8 bits",
         "set qat.weights.bits to 4 or 8, or export `merged`",
+    ),
+    Rule(
+        "two grids with zero points x compressed-tensors export",
+        lambda r: _has_mixed_zero_points(r) and _exports(r, "compressed-tensors"),
+        "frozen and trained layers lie on grids of different widths, and of files with zero points transformers reads "
+        "the first grid only",
+        "set qat.weights.symmetric to true, or model.storage to int4 (bits 4), int8_group (bits 8) or bf16, or export "
+        "`merged`",
     ),
     Rule(
         "int4 storage x code-book grid",

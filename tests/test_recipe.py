@@ -80,6 +80,11 @@ ROWS = {
         "qat": {"weights": {"bits": 3}},
         "export": [{"format": "compressed-tensors"}],
     },
+    "two grids with zero points x compressed-tensors export": {
+        "model": {"name": "m", "storage": "int8_group"},
+        "qat": {"weights": {"bits": 4, "symmetric": False}},
+        "export": [{"format": "compressed-tensors"}],
+    },
     "int4 storage x code-book grid": {"model": {"name": "m", "storage": "int4"}, "qat": {"weights": {"kind": "nf4"}}},
     "int4 storage x another bit width": {"model": {"name": "m", "storage": "int4"}, "qat": {"weights": {"bits": 3}}},
     "dense update x peft export": {"update": {"kind": "dense"}, "export": [{"format": "peft"}]},
@@ -100,10 +105,31 @@ def test_incompatible_pairs_are_refused_when_the_recipe_is_read(name: str) -> No
     assert row.instead in str(error.value)
 
 
-@pytest.mark.parametrize("name", [n for n in ROWS if "export" in n])
-def test_force_on_the_export_lets_the_recipe_through(name: str) -> None:
-    sections = {**ROWS[name], "export": [{**ROWS[name]["export"][0], "force": True}]}
-    assert recipe(**sections).export[0].force
+REQUANTIZED = {
+    "bitsandbytes storage x compressed-tensors export": {"qat": {"weights": {"bits": 4}}},
+    "adapter on a packed base x compressed-tensors export": {},
+}
+"""The exports that ``force`` can write, with the grid that they are forced onto."""
+
+
+def forced(name: str, **sections):
+    return recipe(**{**ROWS[name], **sections, "export": [{**ROWS[name]["export"][0], "force": True}]})
+
+
+@pytest.mark.parametrize("name", REQUANTIZED)
+def test_force_lets_an_export_through_that_can_be_written_all_the_same(name: str) -> None:
+    assert forced(name, **REQUANTIZED[name]).export[0].force
+
+
+@pytest.mark.parametrize("name", [n for n in ROWS if "export" in n and n not in REQUANTIZED])
+def test_force_does_not_postpone_the_refusal_of_what_no_file_can_hold(name: str) -> None:
+    with pytest.raises(IncompatibleError):
+        forced(name)
+
+
+def test_force_needs_a_grid_to_force_onto() -> None:
+    with pytest.raises(IncompatibleError, match="second time"):
+        forced("bitsandbytes storage x compressed-tensors export")
 
 
 def test_a_high_rate_for_v_is_cautioned_for_dense_updates_only() -> None:

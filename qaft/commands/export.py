@@ -15,7 +15,9 @@ from qaft.build import Run, restore_run
 from qaft.errors import RecipeError
 from qaft.evaluate.difference import difference_table
 from qaft.export import EXPORTERS, ExportInfo, ExportReport
-from qaft.recipe import ExportSection, parse_recipe
+from qaft.export.staging import require_free
+from qaft.export.tensors import require_plain_options
+from qaft.recipe import ExportSection, Recipe, parse_recipe
 from qaft.registry import suggest
 from qaft.train.log import METRICS
 
@@ -33,6 +35,25 @@ def export_run_folder(folder: Path, options: Mapping[str, Any]) -> ExportReport:
     return export_run(run, recipe.export[0], Console())
 
 
+def check_export(recipe: Recipe, section: ExportSection) -> Path:
+    """Return the folder of an export that can be written as far as the recipe alone tells.
+
+    Raises:
+        RecipeError: the format is not known, or does not take an option.
+        ExportError: the folder exists.
+    """
+    if section.format not in EXPORTERS:
+        raise RecipeError(
+            f"export.format={section.format!r}: must be one of {', '.join(EXPORTERS)}"
+            f"{suggest(section.format, dict(EXPORTERS))}"
+        )
+    if section.format != "merged":
+        require_plain_options(section)
+    out = Path(section.out or Path(recipe.train.output, f"export-{section.format}"))
+    require_free(out, force=section.force)
+    return out
+
+
 def export_run(run: Run, section: ExportSection, console: Console) -> ExportReport:
     """Write one export of a trained run and report what was measured.
 
@@ -41,12 +62,7 @@ def export_run(run: Run, section: ExportSection, console: Console) -> ExportRepo
         ExportError: the folder exists, or the format cannot hold this run.
         DifferenceError: the reloaded export is not the trained model.
     """
-    if section.format not in EXPORTERS:
-        raise RecipeError(
-            f"export.format={section.format!r}: must be one of {', '.join(EXPORTERS)}"
-            f"{suggest(section.format, dict(EXPORTERS))}"
-        )
-    out = Path(section.out) if section.out else run.folder / f"export-{section.format}"
+    out = check_export(run.recipe, section)
     info = ExportInfo(
         recipe=run.recipe.dump(),
         base=run.recipe.model.name,
@@ -59,8 +75,15 @@ def export_run(run: Run, section: ExportSection, console: Console) -> ExportRepo
     console.print(f"exported {section.format}: {report.folder} ({mebibytes:.1f} MiB)", highlight=False, soft_wrap=True)
     if report.difference is not None:
         console.print(difference_table(report.difference, a="trained", b="reloaded export"))
+    if report.rounding is not None:
+        console.print(
+            f"merging in 16 bits rounds the trained adapter: KL {report.rounding.kl_mean:.2e} nats per token, "
+            f"max relative {report.rounding.max_relative:.2e}",
+            highlight=False,
+            soft_wrap=True,
+        )
     for note in report.notes:
-        console.print(f"note: {note}", highlight=False)
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
     return report
 
 

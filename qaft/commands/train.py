@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 
 from qaft.build import Run, build_run, prepare_training
-from qaft.commands.export import export_run
+from qaft.commands.export import check_export, export_run
 from qaft.compat import cautions
 from qaft.recipe import Recipe
 from qaft.train.loop import fit
@@ -21,6 +21,9 @@ def train_and_export(recipe: Recipe, console: Console | None = None) -> Run:
     console = console or Console()
     for caution in cautions(recipe):
         console.print(f"caution: {caution}", highlight=False)
+    # What cannot be exported is said now and not after the training.
+    for section in recipe.export:
+        check_export(recipe, section)
     run = build_run(recipe)
     training = prepare_training(run, console=console)
     trained = sum(p.numel() for p in training.params.values())

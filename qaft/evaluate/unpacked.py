@@ -24,10 +24,7 @@ MEMORY_SHARE = 0.5
 @contextmanager
 def unpacked(model: nn.Module) -> Iterator[None]:
     """Replace packed and fake-quantized layers by their dense weights where memory allows it; restored afterwards."""
-    layers = {name: layer for name, layer in model.named_modules() if _rebuilds(layer)}
-    # A packed base inside a fake-quantized layer goes with it.
-    whole = {name for name, layer in layers.items() if isinstance(layer, AdaptedLinear)}
-    layers = {name: layer for name, layer in layers.items() if name.removesuffix(".base") not in whole or name in whole}
+    layers = _rebuilt_layers(model)
     needed = sum(_dense_bytes(layer) for layer in layers.values())
     if not layers or needed > MEMORY_SHARE * _free_bytes(next(model.parameters()).device):
         yield
@@ -43,11 +40,21 @@ def unpacked(model: nn.Module) -> Iterator[None]:
             replace_module(model, name, layer)
 
 
-def _rebuilds(layer: nn.Module) -> bool:
-    if isinstance(layer, AdaptedLinear):
-        plain_input = isinstance(layer.rotation, nn.Identity) and isinstance(layer.act_quantizer, nn.Identity)
-        return layer.quantizer is not None and plain_input
-    return isinstance(layer, FrozenLinear) and not isinstance(layer, DenseBase)
+def _rebuilt_layers(model: nn.Module) -> dict[str, AdaptedLinear | FrozenLinear]:
+    """Return the layers whose forward rebuilds a weight; a packed base inside a fake-quantized layer goes with it."""
+    whole = {n: m for n, m in model.named_modules() if isinstance(m, AdaptedLinear) and _is_fake_quantized(m)}
+    inside = {f"{name}.base" for name in whole}
+    packed = {
+        n: m
+        for n, m in model.named_modules()
+        if isinstance(m, FrozenLinear) and not isinstance(m, DenseBase) and n not in inside
+    }
+    return {**whole, **packed}
+
+
+def _is_fake_quantized(layer: AdaptedLinear) -> bool:
+    plain_input = isinstance(layer.rotation, nn.Identity) and isinstance(layer.act_quantizer, nn.Identity)
+    return layer.quantizer is not None and plain_input
 
 
 def _dense_bytes(layer: AdaptedLinear | FrozenLinear) -> int:

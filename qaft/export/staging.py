@@ -26,10 +26,7 @@ def staged(folder: Path, *, force: bool) -> Iterator[Path]:
     Raises:
         ExportError: something is at ``folder`` and ``force`` is not set, or it is a file.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ExportError(f"{folder}: is a file; give the path of a new folder")
-    if folder.is_dir() and any(folder.iterdir()) and not force:
-        raise ExportError(f"{folder}: exists already; give another folder, or force: true to replace it")
+    require_free(folder, force=force)
     folder.parent.mkdir(parents=True, exist_ok=True)
     stage = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     shutil.rmtree(stage, ignore_errors=True)
@@ -42,6 +39,18 @@ def staged(folder: Path, *, force: bool) -> Iterator[Path]:
         _replace(stage, folder)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def require_free(folder: Path, *, force: bool) -> None:
+    """Refuse a place that is taken.
+
+    Raises:
+        ExportError: something is at ``folder`` and ``force`` is not set, or it is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ExportError(f"{folder}: is a file; give the path of a new folder")
+    if folder.is_dir() and any(folder.iterdir()) and not force:
+        raise ExportError(f"{folder}: exists already; give another folder, or force: true to replace it")
 
 
 def _replace(stage: Path, folder: Path) -> None:

@@ -10,46 +10,14 @@ Source: RoSTE (arXiv 2502.09003) for the estimator; the fused rotations R1 and R
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qaft.bases.base import FrozenLinear
+from qaft.bases.rebuilt import rebuilt_linear
 from qaft.quant.base import QTensor, Quantizer
 from qaft.rotation.base import Rotation
 from qaft.updates.base import Update
-
-
-class _RebuiltLinear(torch.autograd.Function):
-    """``F.linear(x, build(), bias)`` that keeps x and rebuilds the weight in backward.
-
-    ``torch.utils.checkpoint`` would give the same gradients but repeats the forward matmul; here only the weight is
-    rebuilt. The parameters are inputs of the function, so that engines that hook gradients see an ordinary graph.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, build: Callable[[], Tensor], bias: Tensor | None, *theta: Tensor) -> Tensor:
-        ctx.build = build
-        ctx.save_for_backward(x, *theta)
-        return F.linear(x, build().to(x.dtype), None if bias is None else bias.to(x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grad_outputs
-        x, *theta = ctx.saved_tensors
-        with torch.enable_grad():
-            weight = ctx.build()
-        grad_x = grad @ weight.detach().to(grad.dtype) if ctx.needs_input_grad[0] else None
-        trained = [p for p, needed in zip(theta, ctx.needs_input_grad[3:], strict=True) if needed]
-        grads: list[Tensor | None] = [None] * len(theta)
-        if trained:
-            grad_weight = grad.flatten(0, -2).T @ x.flatten(0, -2)  # [O, I]
-            found = iter(torch.autograd.grad(weight, trained, grad_weight.to(weight.dtype)))
-            grads = [next(found) if needed else None for needed in ctx.needs_input_grad[3:]]
-        return (grad_x, None, None, *grads)
 
 
 class AdaptedLinear(nn.Module):
@@ -110,7 +78,7 @@ class AdaptedLinear(nn.Module):
         """Return the layer's output, [..., I] -> [..., O]."""
         if self.quantizer is not None:
             x = self.act_quantizer(self.rotation(x))
-            return _RebuiltLinear.apply(x, self.weight, self.base.bias, *self.update.parameters())
+            return rebuilt_linear(x, self.weight, self.base.bias, *self.update.parameters())
         y = self.update(x, self.base.matmul)
         return y if self.base.bias is None else y + self.base.bias.to(y.dtype)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor, nn
 
@@ -60,7 +60,7 @@ def original_name(name: str) -> str:
     return name.replace(".base.", ".")
 
 
-def load_trainables(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+def load_trainables(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy saved trainables into the model.
 
     Raises:

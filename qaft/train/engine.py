@@ -88,6 +88,10 @@ class Engine(Protocol):
         """Return when every process has come here; collective."""
         ...
 
+    def end_trackers(self) -> None:
+        """Let trackers write what they hold; without trackers nothing happens."""
+        ...
+
 
 class AccelerateEngine:
     """One process or data-parallel ones (``accelerate launch``, ``torchrun``), on GPU or CPU.

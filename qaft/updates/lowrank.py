@@ -1,6 +1,6 @@
 """LoRA, the update everyone compares with.
 
-    W = W0 + s B A,   s = alpha / rank            (LoRA, arXiv 2106.09685, equation 3)
+    W = W0 + s B A,   s = c alpha / rank          (LoRA, arXiv 2106.09685, equation 3; c = spec.input_scale)
 
 Shapes: O = out_features, I = in_features, R = rank.  A [R, I], B [O, R].
 """
@@ -24,7 +24,7 @@ class LowRank(Update):
     Args:
         spec: the layer to adapt.
         rank: R.
-        alpha: s = alpha / rank.
+        alpha: s = alpha / rank where no norm is folded into the weight.
 
     Raises:
         ValueError: rank is not in [1, min(O, I)].
@@ -38,7 +38,7 @@ class LowRank(Update):
                 f"{spec.name}: rank={rank} must be in [1, {limit}] "
                 f"for a [{spec.out_features}, {spec.in_features}] weight"
             )
-        self.scale = alpha / rank
+        self.scale = spec.input_scale * alpha / rank
         # The layer's name is part of the seed, so that a layer starts the same whatever else is adapted.
         generator = torch.Generator().manual_seed(spec.seed ^ zlib.crc32(spec.name.encode()))
         down = torch.empty(rank, spec.in_features)

@@ -1,8 +1,8 @@
 """RoCoFT: a few rows and columns of the weight.
 
-    W = W0 + E_R dR + dC E_C^T,    rows R of [O], columns C of [I]        (RoCoFT, arXiv 2410.10075)
+    W = W0 + c (E_R dR + dC E_C^T),    rows R of [O], columns C of [I]    (RoCoFT, arXiv 2410.10075)
 
-    y = W0 x + E_R (dR x) + dC x_C
+    y = W0 x + c (E_R (dR x) + dC x_C)                                    c = spec.input_scale
 
 Where both are trained, rows own the intersection: dC[R, :] counts as 0, else R x C would take a double step.
 
@@ -50,6 +50,7 @@ class RoCo(Update):
         if rows == 0 and columns == 0:
             raise ValueError(f"{spec.name}: rows=0 and columns=0 leave nothing to train; try rows: 4")
         self.in_features = spec.in_features
+        self.scale = spec.input_scale
         generator = torch.Generator().manual_seed(spec.seed ^ zlib.crc32(spec.name.encode()))
         row_indices = choose_indices(
             rows,
@@ -76,16 +77,19 @@ class RoCo(Update):
         self.row_delta = nn.Parameter(torch.zeros(rows, spec.in_features, dtype=spec.dtype)) if rows else None
         self.column_delta = nn.Parameter(torch.zeros(spec.out_features, columns, dtype=spec.dtype)) if columns else None
 
+    def _rows(self) -> Tensor | None:
+        return None if self.row_delta is None else self.scale * self.row_delta
+
     def _columns(self) -> Tensor | None:
         if self.column_delta is None or self.row_delta is None:
-            return self.column_delta
-        return self.column_delta * self.owned
+            return None if self.column_delta is None else self.scale * self.column_delta
+        return self.scale * self.column_delta * self.owned
 
     def forward(self, x: Tensor, base: Matmul) -> Tensor:
         """Return the updated output, [..., I] -> [..., O]."""
-        y = base(x)
-        if self.row_delta is not None:
-            y = y.index_add(-1, self.rows, F.linear(x, self.row_delta.to(x.dtype)))
+        y, rows = base(x), self._rows()
+        if rows is not None:
+            y = y.index_add(-1, self.rows, F.linear(x, rows.to(x.dtype)))
         columns = self._columns()
         if columns is not None:
             y = y + F.linear(x.index_select(-1, self.columns), columns.to(x.dtype))
@@ -93,9 +97,9 @@ class RoCo(Update):
 
     def merge(self, weight: Tensor) -> Tensor:
         """Return the weight with the deltas added on the chosen rows and columns, [O, I]."""
-        merged = weight
-        if self.row_delta is not None:
-            merged = merged.index_add(0, self.rows, self.row_delta.to(weight.dtype))
+        merged, rows = weight, self._rows()
+        if rows is not None:
+            merged = merged.index_add(0, self.rows, rows.to(weight.dtype))
         columns = self._columns()
         if columns is not None:
             merged = merged.index_add(1, self.columns, columns.to(weight.dtype))
@@ -104,12 +108,12 @@ class RoCo(Update):
     def low_rank_factors(self) -> LowRankFactors:
         """Return exact factors of rank r + c: one-hot columns for the rows, one-hot rows for the columns."""
         downs, ups = [], []
-        columns = self._columns()
+        rows, columns = self._rows(), self._columns()
         out_features, dtype = self.owned.shape[0], self.owned.dtype
-        if self.row_delta is not None:
+        if rows is not None:
             one_hot = torch.zeros(out_features, self.rows.numel(), dtype=dtype, device=self.rows.device)
             one_hot[self.rows, torch.arange(self.rows.numel())] = 1
-            downs.append(self.row_delta.detach())
+            downs.append(rows.detach())
             ups.append(one_hot)
         if columns is not None:
             one_hot = torch.zeros(self.columns.numel(), self.in_features, dtype=dtype, device=self.columns.device)

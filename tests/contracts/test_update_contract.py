@@ -30,7 +30,12 @@ def test_every_registered_update_has_a_contract_case() -> None:
 def make(case: str, dtype: torch.dtype = torch.float64):
     kind, options = CASES[case]
     spec = LinearSpec(
-        name="model.layers.0.self_attn.q_proj", out_features=OUT, in_features=IN, dtype=dtype, num_heads=4
+        name="model.layers.0.self_attn.q_proj",
+        out_features=OUT,
+        in_features=IN,
+        dtype=dtype,
+        num_heads=4,
+        input_scale=0.5,
     )
     return UPDATES[kind](spec, **options)
 

@@ -9,37 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from tiny_checkpoint import byte_tokenizer
 
 from qaft.data.files import Provenance
 from qaft.data.samples import Sample
-
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
-def byte_tokenizer(template: str | None = CHATML, *, bos: bool = False, eos: str | None = "<|im_end|>") -> Any:
-    """One token per byte, the merges ' g' and two line feeds, and the special tokens of ChatML."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {character: index for index, character in enumerate(alphabet)}
-    merges = [("Ġ", "g"), ("Ċ", "Ċ")]
-    for left, right in merges:
-        vocab[left + right] = len(vocab)
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<s>", "<|im_start|>", "<|im_end|>", "<|endoftext|>"])
-    if bos:
-        begin = ("<s>", tokenizer.token_to_id("<s>"))
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[begin])
-    named = {"bos_token": "<s>"} if bos else {}
-    named |= {"eos_token": eos} if eos else {}
-    result = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **named)
-    result.chat_template = template
-    return result
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_export import write_checkpoint
+from tiny_checkpoint import write_checkpoint
 
 
 @pytest.fixture(scope="session")

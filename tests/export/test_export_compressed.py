@@ -153,7 +153,7 @@ def test_what_would_not_be_the_trained_model_is_refused(
 
 def widened(checkpoint: Any, tmp_path: Path) -> Path:
     """Storage int4 without a qat section has groups of 128, so every width must be a multiple of it."""
-    from tiny_export import SIZES, write_checkpoint
+    from tiny_checkpoint import SIZES, write_checkpoint
 
     old = dict(SIZES)
     SIZES.update(hidden_size=128, intermediate_size=128)

@@ -1,4 +1,4 @@
-"""Tiny checkpoints on disk and trained models on top of them: what ``qaft.build`` makes, without data and training."""
+"""Trained models on top of tiny checkpoints: what ``qaft.build`` makes, without data and training."""
 
 from __future__ import annotations
 
@@ -7,16 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import AutoModelForCausalLM
 
 from qaft.bases.base import LinearSpec
 from qaft.evaluate.float32 import float_logits
@@ -35,48 +27,9 @@ UPDATE_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "columns": ("roco", {"columns": 3}),
     "both": ("roco", {"rows": 2, "columns": 3}),
 }
-SIZES: dict[str, Any] = {
-    "vocab_size": 260,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-}
 INFO = ExportInfo(
     recipe={"model": {"name": "tiny"}}, base="org/tiny", command="qaft export runs/x", metrics={"loss": 1.5}
 )
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
-    wrapped.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    return wrapped
-
-
-def write_checkpoint(
-    folder: Path, *, family: str = "llama", tied: bool = False, dtype: torch.dtype = torch.bfloat16
-) -> Path:
-    """A random model whose norms are not ones and whose biases are not zeros."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        if family == "llama":
-            model: Any = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=tied))
-        else:
-            model = Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=tied))
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                nn.init.uniform_(parameter, 0.5, 1.5)
-            else:
-                nn.init.normal_(parameter, std=0.08)
-    model.to(dtype).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def trained(
