@@ -28,7 +28,7 @@ quickstart-short: install
 	$(BIN)/python -m qaft.quickstart --short --out $(QUICKSTART_OUT)-short
 
 test: install
-	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile tests
 
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu tests

@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from tiny_checkpoint import write_checkpoint
 
 SHARED = Path(os.environ.get("QAFT_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
@@ -28,6 +29,13 @@ def stories260k() -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random fp32 Llama of three layers (hidden 128, 4/2 heads, untied) with a tokenizer of bytes."""
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
+    return write_checkpoint(tmp_path_factory.mktemp("tiny-llama"), dtype=torch.float32, **sizes)
+
+
+@pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder of public data sets used for measurements."""
     return _shared("data")
@@ -35,7 +43,8 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def _threads() -> None:
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    # Workers that share the cores must not each take all of them.
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 
 
 @pytest.fixture

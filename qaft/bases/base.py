@@ -34,8 +34,8 @@ class LinearSpec:
         row_scores: [O] importance of each output row, or None when no calibration was run.
         column_scores: [I] importance of each input column, or None.
         input_scale: the change of the weight is ``input_scale`` times what the parameters say. The root mean square of
-            the norm weight that was folded into the input side, 1 where none was: folding shrinks a weight (by 1000 in some
-            first layers), and Adam's steps, which do not depend on the gradient's size, would be that much too large.
+            the norm weight that was folded into the input side, 1 where none was: folding shrinks a weight (by 1000 in
+            some first layers), and Adam's steps, which ignore the gradient's size, would be that much too large.
         seed: seed of everything random in the update (initial values, random selections).
     """
 
