@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -138,7 +139,7 @@ def build_run(recipe: Recipe, *, device: torch.device | None = None) -> Run:
     layers = attach(loaded.model, selected, _adapter(recipe, loaded, scores))
     loaded.model.to(device)  # pyright: ignore[reportArgumentType]
     if recipe.train.gradient_checkpointing:
-        loaded.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _checkpoint_activations(loaded)
     return Run(recipe=recipe, loaded=loaded, layers=layers, device=device)
 
 
@@ -149,6 +150,13 @@ def _folded_scales(loaded: LoadedModel) -> dict[str, float]:
     readers = arch_of(loaded.source.config).readers()
     rms = {norm: float(loaded.norms[f"{norm}.weight"].float().pow(2).mean().sqrt()) for norm, _ in readers}
     return {name: rms[norm] for norm, names in readers for name in names}
+
+
+def _checkpoint_activations(loaded: LoadedModel) -> None:
+    with warnings.catch_warnings():
+        # transformers 5 renames this method on its way to 6; only the old name is in all its versions.
+        warnings.simplefilter("ignore", FutureWarning)
+        loaded.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _adapter(recipe: Recipe, loaded: LoadedModel, scores: Mapping[str, LayerScores]) -> Any:

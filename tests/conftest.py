@@ -7,6 +7,8 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# As the command line sets it where nobody watches; the library reads it when it is imported.
+os.environ.setdefault("TQDM_DISABLE", "1")
 
 import pytest
 import torch

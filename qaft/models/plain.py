@@ -30,4 +30,9 @@ def load_plain(
         model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype or "auto", **options)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{name}: cannot be loaded by transformers: {error}") from error
-    return model.to(device).eval(), tokenizer  # pyright: ignore[reportArgumentType]
+    model = model.to(device).eval()  # pyright: ignore[reportArgumentType]
+    if model.config.to_dict().get("quantization_config"):
+        with torch.no_grad():
+            # compressed-tensors unpacks in the first forward; until then the layers do not have their weights.
+            model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device))
+    return model, tokenizer

@@ -164,7 +164,7 @@ class CausalLoss(nn.Module):
             tolerance: allowed difference as a fraction of the largest logit; bf16 rounding stays below 0.01.
 
         Raises:
-            ModelError: the logits differ.
+            ModelError: the logits differ, or are not finite.
         """
         embeddings = self.model.get_input_embeddings()
         tokens = torch.arange(8, device=next(embeddings.parameters()).device)[None] % embeddings.num_embeddings
@@ -173,6 +173,11 @@ class CausalLoss(nn.Module):
         theirs = self.model(input_ids=tokens, use_cache=False).logits.float()
         ours = _softcapped(self.model.get_output_embeddings()(self._hidden(tokens, None, None)).float(), self.softcap)
         self.train(was_training)
+        if not bool(theirs.isfinite().all()):
+            raise ModelError(
+                f"{type(self.model).__name__}: the logits of the base model are not finite before any training; its "
+                "weights are damaged, or leave the range of model.dtype: download it again, or set dtype to bfloat16"
+            )
         difference = float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(torch.finfo(torch.float32).tiny))
         if not difference <= tolerance:
             raise ModelError(

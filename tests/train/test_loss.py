@@ -191,3 +191,10 @@ def test_model_without_a_head_is_refused() -> None:
     model.get_output_embeddings = lambda: None  # type: ignore[method-assign,assignment]
     with pytest.raises(ModelError, match="TinyCausalLM has no output embeddings"):
         CausalLoss(model)
+
+
+def test_a_base_model_without_finite_logits_is_refused() -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SMALL))
+    model.model.norm.weight.data.fill_(torch.inf)
+    with pytest.raises(ModelError, match="logits of the base model are not finite"):
+        CausalLoss(model).verify_head()
