@@ -44,7 +44,8 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
             main([str(a) for a in arguments])
-        return Result(int(end.value.code or 0), *capsys.readouterr())
+        captured = capsys.readouterr()
+        return Result(int(end.value.code or 0), captured.out, captured.err)
 
     return run
 
