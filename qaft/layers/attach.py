@@ -55,11 +55,6 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
 
-def original_name(name: str) -> str:
-    """Return the checkpoint's parameter name for a weight path: ``x.q_proj.base.weight`` -> ``x.q_proj.weight``."""
-    return name.replace(".base.", ".")
-
-
 def load_trainables(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy saved trainables into the model.
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -31,9 +30,6 @@ class Update(nn.Module, ABC):
     A subclass is final, takes a ``LinearSpec`` first and its options keyword-only, and raises ``ValueError`` naming the
     layer, the value given and the values allowed.
     """
-
-    needs_scores: ClassVar[bool] = False
-    """True when some option of the class needs ``row_scores`` / ``column_scores`` (see ``wants_scores``)."""
 
     @classmethod
     def wants_scores(cls, **options: object) -> bool:

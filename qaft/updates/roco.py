@@ -35,7 +35,6 @@ class RoCo(Update):
         ValueError: nothing to train, a count out of range, or an unknown ``choose``.
     """
 
-    needs_scores = True
     rows: Tensor
     columns: Tensor
     owned: Tensor

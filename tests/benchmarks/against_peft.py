@@ -49,7 +49,7 @@ def peft_step(model_path: str) -> Callable[..., None]:
 
 def qaft_step(model_path: str, system: str) -> Callable[..., None]:
     """Our own, built from a recipe as ``qaft train`` builds it."""
-    from qaft.build import build_run, prepare_training
+    from qaft.build import build_run
     from qaft.recipe import parse_recipe
 
     _, storage, *rest = system.split("-")
@@ -72,7 +72,6 @@ def qaft_step(model_path: str, system: str) -> Callable[..., None]:
     from qaft.train.loss import CausalLoss
     from qaft.train.optimizers import make_optimizer
 
-    assert prepare_training
     params = trainable_parameters(run.loaded.model)
     optimizer = make_optimizer(param_groups(params.items(), run.recipe.optim), run.recipe.optim, run.device)
     engine = AccelerateEngine(CausalLoss(run.loaded.model), optimizer, clip=None, cpu=run.device.type == "cpu")
