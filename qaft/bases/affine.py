@@ -3,7 +3,8 @@
     W0 = scale * (code - zero_point),  rounded once from fp32 to the dtype of computation
 
 ``dequantize`` runs twice per layer and step. A weight of 4 bits costs at least 0.5 B read and 2 B written in bf16. Four
-codes at a time are looked up in a table of 16-bit levels, and all passes run over blocks that stay in the CPU caches.
+codes at a time are looked up in a table of 16-bit levels, straight into the result, and scaled in place, in passes
+over blocks that stay in the CPU caches.
 ``tests/benchmarks/dequantize.py`` measures it against a copy of the result.
 
 Shapes: O = out_features, I = in_features, G = groups along I, W = ceil(I * bits / 32).
@@ -82,35 +83,45 @@ class AffineBase(FrozenLinear):
 
     def dequantize(self) -> Tensor:
         """Return the weight, [O, I] in ``self.dtype``; bit-identical on every call and every device."""
-        out = torch.empty(self.out_features, self.in_features, dtype=self.dtype, device=self.weight_packed.device)
-        zero_point = self._zero_point()
+        scale, zero_point = self.weight_scale, self._zero_point()
+        out = scale.new_empty(self.out_features, self._padded_width, dtype=self._level_dtype)
+        wide = self._level_dtype != self.dtype or scale.dtype != self.dtype
+        result = torch.empty_like(out[:, : self.in_features], dtype=self.dtype) if wide else out
         for rows in row_blocks(out):
-            scale = self.weight_scale[rows].unsqueeze(-1)
-            levels = self._levels(self.weight_packed[rows]).unflatten(-1, (scale.shape[1], -1))
+            self._write_levels(self.weight_packed[rows], out[rows])
+            levels = out[rows, : self.in_features].unflatten(-1, (scale.shape[1], -1))
             if zero_point is not None:
                 levels.sub_(zero_point[rows].unsqueeze(-1))
-            block = out[rows].view(levels.shape)
-            if levels.dtype == scale.dtype == self.dtype:
-                # A product of two 16-bit numbers is formed in fp32 and rounded once.
-                torch.mul(levels, scale, out=block)
-            else:
+            if wide:
                 # A 16-bit level times an fp32 scale into a 16-bit result takes a slow path of TensorIterator.
-                block.copy_(levels.float().mul_(scale.float()))
-        return out
+                result[rows].view(levels.shape).copy_(levels.float().mul_(scale[rows].float().unsqueeze(-1)))
+            else:
+                # A product of two 16-bit numbers is formed in fp32 and rounded once.
+                levels.mul_(scale[rows].unsqueeze(-1))
+        return result[:, : self.in_features].contiguous()
 
     def extra_repr(self) -> str:
         """Return shape, dtype, bits and groups."""
         return f"{super().extra_repr()}, bits={self.bits}, groups={self.weight_scale.shape[1]}"
 
-    def _levels(self, packed: Tensor) -> Tensor:
-        """Return the codes of ``packed`` [rows, W] as 16-bit floats [rows, I]: exact, also minus a zero point."""
-        dtype = self.dtype if self.dtype.itemsize == 2 else torch.bfloat16
+    @property
+    def _level_dtype(self) -> torch.dtype:
+        """A 16-bit dtype that holds every code exactly, also minus a zero point."""
+        return self.dtype if self.dtype.itemsize == 2 else torch.bfloat16
+
+    @property
+    def _padded_width(self) -> int:
+        """Columns of the packed words of a row: the last word may be filled up with codes that mean nothing."""
+        return self.weight_packed.shape[1] * 8 if self.bits == 4 else self.in_features
+
+    def _write_levels(self, packed: Tensor, out: Tensor) -> None:
+        """Write the codes of ``packed`` [rows, W] to the 16-bit floats ``out`` [rows, padded width]."""
         if self.bits != 4:
-            return unpack_int32(packed, self.bits, self.in_features).to(dtype)
-        table = _levels_of_four_codes(dtype, packed.device).expand(packed.shape[0], -1)
+            out.copy_(unpack_int32(packed, self.bits, self.in_features))
+            return
         # One row of the table per row of the weight: only a two-dimensional gather runs on several threads.
-        fours = torch.gather(table, 1, packed.view(torch.uint16).long())
-        return fours.view(dtype)[:, : self.in_features]
+        table = _levels_of_four_codes(out.dtype, packed.device).expand(packed.shape[0], -1)
+        torch.gather(table, 1, packed.view(torch.uint16).long(), out=out.view(torch.int64))
 
     def _zero_point(self) -> Tensor | None:
         packed = self.weight_zero_point

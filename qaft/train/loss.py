@@ -3,12 +3,12 @@
     L = sum over targets t of  logsumexp(z_t) - z_t[y_t],      z_t = cap(W h_t + b),   cap(z) = c tanh(z / c) or z
     dL/dh_t = ((softmax(z_t) - onehot(y_t)) * cap'(z_t)) W
 
-Only hidden states with a target reach the head, a few rows at a time. With a frozen head dL/dh is computed in the
-forward pass, so that each row of logits is built once and what backward keeps is [N, H].
+Only hidden states with a target reach the head, a few hundred rows at a time. With a frozen head dL/dh is computed in
+the forward pass, so that each row of logits is built once and what backward keeps is [N, H].
 
-Measured on one CPU core, bf16, V 49152, H 576, N 1000 (forward + backward; peak above the inputs; kept for backward):
-full logits 0.73 s, 564 MiB, 188 MiB; this file 0.63 s, 98 MiB, 1.1 MiB; torch 2.13's linear_cross_entropy with auto
-options 3.65 s, 115 MiB, 0 MiB, but it sums and returns the loss in bf16, here 1.8 % off.
+A chunk of logits stays in the dtype of the model; softmax and loss are fp32, over blocks of rows that fit the caches,
+and the residual replaces the logits. ``tests/benchmarks/head_loss.py`` compares it with full logits and with torch's
+``linear_cross_entropy``, which sums and returns the loss in bf16 (1.8 % off).
 
 Shapes: B = batch, T = time, N = targets, H = hidden size, V = vocabulary.
 """
@@ -27,8 +27,11 @@ from qaft.errors import ModelError
 IGNORE_INDEX = -100
 """Label of a position without loss, as in transformers."""
 
-LOGITS_PER_CHUNK = 2**23
-"""Logits alive at once: 32 MiB in fp32, and about three times that with the temporaries; 170 rows at V = 49152."""
+LOGITS_PER_CHUNK = 2**24
+"""Logits alive at once: 32 MiB in 16 bits. 341 rows at V = 49152: with fewer the products are bound by reading W."""
+
+_LOGITS_PER_BLOCK = 2**18
+"""Logits in fp32 at once on a CPU, per thread: 1 MiB, within the second-level cache of current server cores."""
 
 _SMALLEST_CHUNK = 16
 
@@ -40,6 +43,30 @@ def _softcapped(logits: Tensor, softcap: float | None) -> Tensor:
 def _chunks(num_rows: int, vocabulary: int, logits_per_chunk: int) -> list[slice]:
     rows = max(_SMALLEST_CHUNK, logits_per_chunk // vocabulary)
     return [slice(start, min(start + rows, num_rows)) for start in range(0, num_rows, rows)]
+
+
+def _blocks(logits: Tensor) -> list[slice]:
+    """Return slices of rows whose fp32 copies stay in the caches of a CPU; on other devices all rows in one."""
+    if logits.device.type != "cpu":
+        return [slice(None)]
+    rows = max(1, _LOGITS_PER_BLOCK * torch.get_num_threads() // logits.shape[1])
+    return [slice(start, start + rows) for start in range(0, len(logits), rows)]
+
+
+def _replace_by_residual(logits: Tensor, chosen: Tensor, softcap: float | None, wide: torch.dtype) -> Tensor:
+    """Return the sum of losses of ``logits`` [rows, V] for targets ``chosen`` [rows, 1]; leaves dL/dlogits in place."""
+    if softcap is None:
+        slope, log_probs = None, torch.log_softmax(logits, dim=-1, dtype=wide)
+    else:
+        capped = _softcapped(logits.to(wide), softcap)
+        slope, log_probs = 1 - (capped / softcap).square_(), torch.log_softmax(capped, dim=-1)
+    loss = -log_probs.gather(1, chosen).sum()
+    residual = log_probs.exp_()
+    residual.scatter_add_(1, chosen, residual.new_full(chosen.shape, -1.0))
+    if slope is not None:
+        residual *= slope
+    logits.copy_(residual)
+    return loss
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
@@ -59,18 +86,11 @@ class _FrozenHeadLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=wide, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for rows in _chunks(len(hidden), len(weight), logits_per_chunk):
-            logits = _softcapped(F.linear(hidden[rows], weight, bias).to(wide), softcap)  # [rows, V]
-            normalizer = torch.logsumexp(logits, dim=-1, keepdim=True)
-            chosen = targets[rows, None]
-            total += (normalizer - logits.gather(1, chosen)).sum()
-            if gradient is None:
-                continue
-            slope = None if softcap is None else 1 - (logits / softcap).square_()
-            residual = logits.sub_(normalizer).exp_()
-            residual.scatter_add_(1, chosen, residual.new_full(chosen.shape, -1.0))
-            if slope is not None:
-                residual *= slope
-            gradient[rows] = residual.to(weight.dtype) @ weight
+            logits = F.linear(hidden[rows], weight, bias)  # [rows, V]
+            for block in _blocks(logits):
+                total += _replace_by_residual(logits[block], targets[rows][block, None], softcap, wide)
+            if gradient is not None:
+                gradient[rows] = logits @ weight
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return total

@@ -41,4 +41,4 @@ class DenseDelta(Update):
 
     def merge(self, weight: Tensor) -> Tensor:
         """Return ``W0 + c D``, [O, I]."""
-        return weight + self._change().to(weight.dtype)
+        return torch.add(weight, self.delta.to(weight.dtype), alpha=self.scale)
