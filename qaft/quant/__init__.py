@@ -1,4 +1,4 @@
-"""Weight grids by the names that recipes use."""
+"""Grids of weights, activations and the KV cache by the names that recipes use."""
 
 from __future__ import annotations
 
@@ -6,31 +6,64 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qaft.quant.activation import TokenQuantizer
 from qaft.quant.affine import Affine
 from qaft.quant.base import QTensor, Quantizer
+from qaft.quant.fp4 import MXFP4, NVFP4
+from qaft.quant.kv import KVQuantizer, RosteKV, VllmKV
 from qaft.quant.nf4 import NF4
+from qaft.quant.q4_0 import Q4_0
 
 if TYPE_CHECKING:
-    from qaft.recipe import GridSection
+    from qaft.sections import GridSection
 
 QUANTIZERS: dict[str, type[Quantizer]] = {
     "int": Affine,
+    "mxfp4": MXFP4,
     "nf4": NF4,
+    "nvfp4": NVFP4,
+    "q4_0": Q4_0,
 }
 
-__all__ = ["NF4", "QUANTIZERS", "Affine", "QTensor", "Quantizer", "build_quantizer"]
+__all__ = [
+    "MXFP4",
+    "NF4",
+    "NVFP4",
+    "Q4_0",
+    "QUANTIZERS",
+    "Affine",
+    "KVQuantizer",
+    "QTensor",
+    "Quantizer",
+    "RosteKV",
+    "TokenQuantizer",
+    "VllmKV",
+    "build_quantizer",
+]
 
 
 def build_quantizer(grid: GridSection, *, scale_dtype: torch.dtype) -> Quantizer:
-    """Return the grid that the recipe section describes.
+    """Return the weight grid that the recipe section describes.
 
     Args:
         grid: the validated section.
-        scale_dtype: the dtype in which the scales of int grids are stored; nf4 stores fp32 whatever this is.
+        scale_dtype: the dtype in which the scales of int grids are stored; the other formats have their own.
 
     Raises:
         ValueError: bitsandbytes has no nf4 blocks of this size.
     """
     if grid.kind == "nf4":
         return NF4(group_size=-1 if grid.group_size is None else grid.group_size)
-    return Affine(bits=grid.bits, group_size=grid.group_size, symmetric=grid.symmetric, scale_dtype=scale_dtype)
+    if grid.kind == "int":
+        return Affine(
+            bits=grid.bits,
+            group_size=grid.group_size,
+            symmetric=grid.symmetric,
+            range=grid.range,
+            clip=grid.clip,
+            ste=grid.ste,
+            fused=grid.fused,
+            scale_dtype=scale_dtype,
+        )
+    formats = {"mxfp4": MXFP4, "nvfp4": NVFP4, "q4_0": Q4_0}
+    return formats[grid.kind](ste=grid.ste)

@@ -1,15 +1,13 @@
 """Affine integer grids of 2 to 8 bits with one scale per group of inputs or per output channel.
 
-    symmetric:   s = max |w| / q_max,                      w^ = s q,        q in [-q_max, q_max],  q_max = 2^(b-1) - 1
-    asymmetric:  s = (max(w, 0) - min(w, 0)) / (2^b - 1),  w^ = s (q - z),  q and z in [-2^(b-1), q_max]
+    symmetric:   w^ = s q,        q in [-q_max, q_max] or [-q_max - 1, q_max],  q_max = 2^(b-1) - 1
+    asymmetric:  w^ = s (q - z),  q and z in [-q_max - 1, q_max]
 
-Scales are rounded to the dtype in which they are stored before any code is computed, so that the codes are nearest for
-the scale that is served. The range follows the weight, so the straight-through gradient is the identity. The error is
-at most s / 2, except that an asymmetric extreme also bears the rounding of the scale: s (1/2 + (2^b - 1) e) with
-e = 2^-15 for fp32 scales, 2^-10 for fp16 and 2^-7 for bf16 (0.62 s at 4 bits).
-
-fp32 scales keep 16 significant bits: ``s q`` is then exact in fp32 for every code, as it is for 16-bit scales, and
-requantizing finds the same scale bit for bit. With 24 bits it does not: ``fl(fl(7 s) / 7) != s`` for some s.
+``ranges.py`` says how s and z follow from the weights. Scales are rounded to the dtype in which they are stored before
+any code is computed, so that the codes are nearest for the scale that is served. The default range, absmax, contains
+the weights, so the straight-through gradient is the identity and the error is at most s / 2, except that an asymmetric
+extreme also bears the rounding of the scale: s (1/2 + (2^b - 1) e) with e = 2^-15 for fp32 scales, 2^-10 for fp16 and
+2^-7 for bf16 (0.62 s at 4 bits). Other ranges clip; where their gradient passes is chosen by ``ste``.
 
 Source: specifications of compressed-tensors (signed codes and zero points); RoSTE (arXiv 2502.09003), equation (6).
 Shapes: O = out_features, I = in_features, G = groups along I, N = I / G weights per group.
@@ -20,13 +18,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qaft.quant.base import QTensor, Quantizer, row_blocks
+from qaft.quant.base import QTensor, Quantizer, row_blocks, width_of
+from qaft.quant.fused import check_fused, fused_quantize
+from qaft.quant.masks import check_mask, wants_mask
+from qaft.quant.ranges import Range
+from qaft.quant.scales import ScaleStorage
 from qaft.quant.ste import straight_through
-
-_SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-_DROPPED_BITS = 8
-"""Low bits of an fp32 scale that are zero: the product with a code of 8 bits then fits the 24 bits of fp32."""
 
 _DITHER = 0.499
 """Largest dither in steps. The margin to 1/2 covers the fp32 rounding of (q - z + u) s / s, below 255 * 2^-22."""
@@ -39,6 +36,10 @@ class Affine(Quantizer):
         bits: b, bits per weight, 2 to 8.
         group_size: weights that share a scale along I; None or -1 for one scale per output channel.
         symmetric: no zero point.
+        range: how a group's scale follows from its weights: absmax, mse, rms or signed_absmax.
+        clip: the part of the range that is kept, in (0, 1]; absmax only.
+        ste: where the gradient passes: identity, clamp or trust.
+        fused: compile the forward pass on CPUs; absmax and signed_absmax only. The codes are the same.
         scale_dtype: the dtype in which scales are stored: torch.float32 (16 significant bits), bfloat16 or float16.
 
     Raises:
@@ -51,6 +52,10 @@ class Affine(Quantizer):
         bits: int = 4,
         group_size: int | None = 128,
         symmetric: bool = True,
+        range: str = "absmax",
+        clip: float = 1.0,
+        ste: str = "clamp",
+        fused: bool = False,
         scale_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
@@ -58,14 +63,17 @@ class Affine(Quantizer):
             raise ValueError(f"bits={bits} must be in [2, 8]")
         if group_size is not None and group_size != -1 and group_size < 1:
             raise ValueError(f"group_size={group_size} must be positive, or null or -1 for a scale per output channel")
-        if scale_dtype not in _SCALE_DTYPES:
-            raise ValueError(f"scale_dtype={scale_dtype} must be one of {', '.join(map(str, _SCALE_DTYPES))}")
         self.bits = bits
         self.group_size = None if group_size == -1 else group_size
         self.symmetric = symmetric
+        self.ste = check_mask(ste)
         self.scale_dtype = scale_dtype
-        self.q_max = (1 << (bits - 1)) - 1
-        self.q_min = -self.q_max if symmetric else -self.q_max - 1
+        storage = ScaleStorage(scale_dtype)
+        self.range = Range(kind=range, clip=clip, bits=bits, symmetric=symmetric, storage=storage)
+        self.q_min, self.q_max = self.range.q_min, self.range.q_max
+        if fused:
+            check_fused(self.range)
+        self.fused = fused
 
     def quantize(self, weight: Tensor) -> QTensor:
         """Return codes int8 [O, I], scales [O, G] in ``scale_dtype`` and, unless symmetric, zero points int8 [O, G].
@@ -82,7 +90,7 @@ class Affine(Quantizer):
         scale = torch.empty(weight.shape[0], num_groups, dtype=self.scale_dtype, device=weight.device)
         zero_point = torch.empty(scale.shape, dtype=torch.int8, device=weight.device)
         for rows in row_blocks(weight):
-            levels, scale[rows], lowest = self._levels(weight[rows], num_groups)
+            levels, scale[rows], lowest, _ = self._levels(weight[rows], num_groups)
             offset = self.q_min - lowest
             zero_point[rows] = offset
             values[rows] = levels.add_(offset.unsqueeze(-1)).flatten(1)
@@ -90,12 +98,13 @@ class Affine(Quantizer):
         return QTensor(values, scale, None if self.symmetric else zero_point)
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Return ``quantize(weight).dequantize(torch.float32)``, [O, I], with the gradient of the identity.
+        """Return ``quantize(weight).dequantize(torch.float32)``, [O, I], with the straight-through gradient.
 
         A value that is not finite makes its group NaN instead of raising: a check would stall the device in every step,
         and a NaN reaches the loss, which the training loop checks.
         """
-        return straight_through(weight, self._quantized_values(weight), None)
+        masked = not self.range.follows_extremes and wants_mask(weight, self.ste)
+        return straight_through(weight, *self._quantized_values(weight, masked=masked))
 
     def dither(self, quantized: QTensor, generator: torch.Generator) -> Tensor:
         """Return fp32 latents ``s (q - z + u)``, u uniform in (-1/2, 1/2), that quantize exactly to ``quantized``.
@@ -109,8 +118,13 @@ class Affine(Quantizer):
 
         Raises:
             ValueError: no latents of this grid have these codes and scales (they come from another grid, or from one
-                whose scales were clipped).
+                whose scales were clipped), or the range of this grid depends on more than the extremes.
         """
+        if not self.can_dither:
+            raise ValueError(
+                f"latents of Affine({self.extra_repr()}) cannot be dithered: their scales would be fitted anew; use "
+                "range absmax or signed_absmax without a clip"
+            )
         uniform = torch.rand(quantized.values.shape, generator=generator, device=generator.device)
         latents = ((2 * uniform - 1) * _DITHER).to(quantized.values.device)
         for rows in row_blocks(latents):
@@ -134,71 +148,60 @@ class Affine(Quantizer):
             levels, low, high = levels - zero_point, low - zero_point, high - zero_point
         at_low, at_high = levels == low, levels == high
         dither.copy_(torch.where(at_low, dither.abs(), torch.where(at_high, -dither.abs(), dither)))
-        for extreme in (at_low | at_high,) if self.symmetric else (at_low, at_high):
+        anchors = (at_low, at_high)
+        if self.symmetric:
+            # A signed range is set by its lowest level alone, an unsigned one by whichever end is reached.
+            anchors = (at_low,) if self.range.kind == "signed_absmax" else (at_low | at_high,)
+        for extreme in anchors:
             dither.masked_fill_(extreme & (extreme.cumsum(-1) == 1), 0.0)
         dither.add_(levels).mul_(scale)
+
+    @property
+    def can_dither(self) -> bool:
+        """Whether scales follow from the extremes alone."""
+        return not self.range.refits
 
     def extra_repr(self) -> str:
         """Return the constructor's arguments."""
         grid = f"bits={self.bits}, group_size={self.group_size}, symmetric={self.symmetric}"
-        return f"{grid}, scale_dtype={self.scale_dtype}"
+        how = f"range={self.range.kind!r}, clip={self.range.clip}, ste={self.ste!r}"
+        return f"{grid}, {how}, scale_dtype={self.scale_dtype}"
 
     @torch.no_grad()
-    def _quantized_values(self, weight: Tensor) -> Tensor:
+    def _quantized_values(self, weight: Tensor, *, masked: bool) -> tuple[Tensor, Tensor | None]:
         # The same levels and the same product as quantize().dequantize(), without the trip through int8.
         num_groups = self._num_groups(weight)
+        if self.fused and weight.device.type == "cpu" and weight.numel():
+            groups = weight.detach().reshape(weight.shape[0], num_groups, -1)
+            values, passes = fused_quantize(groups, self.range, ste=self.ste, masked=masked)
+            return values.view(weight.shape), None if passes is None else passes.view(weight.shape)
         out = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+        mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device) if masked else None
         for rows in row_blocks(weight):
-            levels, scale, _ = self._levels(weight[rows], num_groups, out=out[rows])
-            levels.mul_(scale.unsqueeze(-1))
-        return out
+            levels, scale, _, passes = self._levels(weight[rows], num_groups, out=out[rows], masked=masked)
+            torch.mul(levels, scale.unsqueeze(-1), out=out[rows].view(levels.shape))
+            if mask is not None and passes is not None:
+                mask[rows] = passes.flatten(1)
+        return out, mask
 
-    def _levels(self, weight: Tensor, num_groups: int, out: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return ``round(w / s)`` within the range [O, G, N], s and the lowest level ``q_min - z`` (fp32 [O, G])."""
-        groups = weight.float().unflatten(-1, (num_groups, -1))
-        levels = torch.empty_like(groups) if out is None else out.unflatten(-1, (num_groups, -1))
-        if self.symmetric:
-            scale = self._round_scale(torch.abs(groups, out=levels).amax(-1) / self.q_max)
-            lowest = torch.full_like(scale, self.q_min)
-        else:
-            scale, lowest = self._fit_range(groups)
-        torch.div(groups, scale.unsqueeze(-1), out=levels).round_()
-        if not self.symmetric:
-            # Not for symmetric grids: rounding moves their scale by at most 2^-8 (bf16), and 127 (1 + 2^-8) < 127.5.
-            highest = lowest + (self.q_max - self.q_min)
-            torch.clamp(levels, lowest.unsqueeze(-1), highest.unsqueeze(-1), out=levels)
-        return levels, scale, lowest
+    def _levels(
+        self, weight: Tensor, num_groups: int, *, out: Tensor | None = None, masked: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return ``round(w / s)`` within the range [O, G, N], s and the lowest level ``q_min - z`` (fp32 [O, G]).
 
-    def _fit_range(self, groups: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the scale and the lowest level of asymmetric ``groups`` [O, G, N], both fp32 [O, G].
-
-        The codes of a group reach both ends of the range, without which requantizing would shrink the scale. A scale
-        that was rounded up, or two ties, can leave the last code unused; the next smaller scale does not.
+        Last, with ``masked``: where the gradient passes, bool [O, G, N].
         """
-        low, high = groups.amin(-1).clamp_(max=0), groups.amax(-1).clamp_(min=0)
-        span = self.q_max - self.q_min
-        scale = self._round_scale((high - low) / span)
-        unused = (high / scale).round_() - (low / scale).round_() < span
-        unused &= (scale > torch.finfo(self.scale_dtype).tiny) & scale.isfinite()
-        scale = torch.where(unused, self._next_smaller(scale), scale)
-        return scale, (low / scale).round_().clamp_(min=-span)
-
-    def _round_scale(self, scale: Tensor) -> Tensor:
-        """Return ``scale`` (fp32) rounded to what ``scale_dtype`` stores, at least its smallest normal number."""
-        scale = scale.clamp(min=torch.finfo(self.scale_dtype).tiny)
-        if self.scale_dtype != torch.float32:
-            return scale.to(self.scale_dtype).float()
-        # Truncated, not rounded to nearest: adding half a unit to the bits of a NaN could wrap them into a number.
-        return (scale.view(torch.int32) & -(1 << _DROPPED_BITS)).view(torch.float32)
-
-    def _next_smaller(self, scale: Tensor) -> Tensor:
-        """Return the next storable number below each ``scale``, which is fp32, positive and storable."""
-        if self.scale_dtype == torch.float32:
-            return (scale.view(torch.int32) - (1 << _DROPPED_BITS)).view(torch.float32)
-        return (scale.to(self.scale_dtype).view(torch.int16) - 1).view(self.scale_dtype).float()
+        groups = weight.float().unflatten(-1, (num_groups, -1))
+        if self.symmetric and self.range.follows_extremes:
+            levels = torch.empty_like(groups) if out is None else out.unflatten(-1, (num_groups, -1))
+            scale = self.range.storage.round(torch.abs(groups, out=levels).amax(-1) / self.q_max)
+            torch.div(groups, scale.unsqueeze(-1), out=levels).round_()
+            # Not clamped: rounding moves the scale by at most 2^-8 (bf16), and 127 (1 + 2^-8) < 127.5.
+            return levels, scale, torch.full_like(scale, self.q_min), None
+        return self.range.levels(groups, ste=self.ste, masked=masked)
 
     def _num_groups(self, weight: Tensor) -> int:
-        in_features = weight.shape[-1]
+        in_features = width_of(weight)
         if self.group_size is None:
             return 1
         if in_features % self.group_size:

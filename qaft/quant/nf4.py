@@ -16,7 +16,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from qaft.quant.base import QTensor, Quantizer, row_blocks
+from qaft.quant.base import QTensor, Quantizer, row_blocks, width_of
 from qaft.quant.ste import straight_through
 
 _LEVELS = (
@@ -168,7 +168,7 @@ class NF4(Quantizer):
         return _num_below(scaled, bounds).flatten(-2), scale
 
     def _num_groups(self, weight: Tensor) -> int:
-        in_features = weight.shape[-1]
+        in_features = width_of(weight)
         if self.group_size is None or in_features % self.group_size:
             fitting = [str(size) for size in _BLOCK_SIZES if in_features % size == 0]
             raise ValueError(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qaft.bases.affine import AffineBase
-from qaft.quant import NF4, Affine
+from qaft.quant import MXFP4, NF4, NVFP4, Q4_0, Affine, TokenQuantizer
 
 FLOOR_BYTES_4BIT = 0.5 + 2.0
 """Bytes per weight that ``dequantize`` must move for 4 bits and bf16: packed codes read, result written."""
@@ -64,11 +64,21 @@ def fake_quantizers(weight: Tensor, group_size: int) -> Iterator[tuple[str, Call
     """Yield the measured forward passes of the grids on fp32 latents, results in fp32."""
     grids = {
         "int4": Affine(group_size=group_size),
+        "int4 fused": Affine(group_size=group_size, fused=True),
         "int4 asymmetric": Affine(group_size=group_size, symmetric=False),
+        "int4 asymmetric fused": Affine(group_size=group_size, symmetric=False, fused=True),
+        "int4 signed_absmax": Affine(group_size=group_size, range="signed_absmax"),
+        "int4 rms": Affine(group_size=group_size, range="rms"),
+        "int4 mse": Affine(group_size=group_size, range="mse"),
         "nf4": NF4(),
+        "q4_0": Q4_0(),
+        "mxfp4": MXFP4(),
+        "nvfp4": NVFP4(),
     }
     for label, grid in grids.items():
         yield f"fake-quantize {label}", lambda grid=grid: grid(weight)
+    tokens = TokenQuantizer(bits=8)
+    yield "fake-quantize int8 per token", lambda: tokens(weight)
     int4 = grids["int4"]
     yield "fake-quantize through QTensor", lambda: int4.quantize(weight).dequantize(torch.float32)
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qaft.quant import NF4, Affine, build_quantizer
-from qaft.recipe import GridSection
+from qaft.quant import NF4, QUANTIZERS, Affine, build_quantizer
+from qaft.sections import GridSection
 
 
 def test_an_int_section_gives_an_affine_grid_with_its_options() -> None:
@@ -33,3 +33,16 @@ def test_block_sizes_that_bitsandbytes_lacks_are_refused(group_size: int | None)
     section = GridSection(kind="nf4", group_size=group_size)
     with pytest.raises(ValueError, match="must be one of 32, 64, 128"):
         build_quantizer(section, scale_dtype=torch.float32)
+
+
+def test_an_int_section_carries_range_clip_and_mask() -> None:
+    grid = build_quantizer(GridSection(symmetric=False, clip=0.95, ste="trust"), scale_dtype=torch.float32)
+    assert isinstance(grid, Affine)
+    assert (grid.range.kind, grid.range.clip, grid.ste) == ("absmax", 0.95, "trust")
+
+
+@pytest.mark.parametrize(("kind", "group_size"), [("q4_0", 32), ("mxfp4", 32), ("nvfp4", 16)])
+def test_a_block_format_has_its_own_group_size_and_carries_the_mask(kind: str, group_size: int) -> None:
+    grid = build_quantizer(GridSection.model_validate({"kind": kind, "ste": "identity"}), scale_dtype=torch.bfloat16)
+    assert type(grid) is QUANTIZERS[kind]
+    assert grid.group_size == group_size and "ste='identity'" in grid.extra_repr()
