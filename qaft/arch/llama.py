@@ -8,6 +8,7 @@ LLAMA = Family(
     model_type="llama",
     norm="rms",
     embedding="model.embed_tokens",
+    attention="model.layers.{i}.self_attn",
     input_norm="model.layers.{i}.input_layernorm",
     query="model.layers.{i}.self_attn.q_proj",
     key="model.layers.{i}.self_attn.k_proj",

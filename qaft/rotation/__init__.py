@@ -12,6 +12,14 @@ ROTATIONS: dict[str, type[Rotation] | None] = {
     "none": None,
 }
 
+ADAPTIVE = "adaptive"
+"""The recipe's word for choosing, place by place, between ``hadamard`` and no rotation."""
+
+
+def rotation_kind(name: str) -> str:
+    """Return the key of ``ROTATIONS`` that a recipe's ``qat.rotation`` is made of."""
+    return "hadamard" if name == ADAPTIVE else name
+
 
 def build_rotation(kind: str, size: int, *, seed: int | None = None) -> Rotation | None:
     """Return the rotation over ``size`` elements that a recipe calls ``kind``, or None for ``none``.
@@ -27,8 +35,8 @@ def build_rotation(kind: str, size: int, *, seed: int | None = None) -> Rotation
     """
     if kind not in ROTATIONS:
         raise RecipeError(
-            f"qat.rotation={kind!r} is not known: must be one of {', '.join(sorted(ROTATIONS))}"
-            f"{suggest(kind, list(ROTATIONS))}"
+            f"qat.rotation={kind!r} is not known: must be one of "
+            f"{', '.join(sorted([ADAPTIVE, *ROTATIONS]))}{suggest(kind, [ADAPTIVE, *ROTATIONS])}"
         )
     cls = ROTATIONS[kind]
     return None if cls is None else cls(size, seed=seed)

@@ -10,11 +10,14 @@ Source: RoSTE, arXiv 2502.09003, equation 19 (for column vectors); QuaRot, arXiv
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from qaft.rotation.base import Rotation
 from qaft.rotation.orders import hadamard_factor, hadamard_factors
+from qaft.rotation.signs import along, random_signs
 
 
 class Hadamard(Rotation):
@@ -35,62 +38,59 @@ class Hadamard(Rotation):
         self.size = size
         self.seed = seed
         self.orders = hadamard_factors(size)
-        # int8: exact for +-1, and module.to(dtype) leaves integers alone.
-        self.register_buffer("signs", _random_signs(size, seed), persistent=False)
+        self.register_buffer("signs", random_signs(size, seed), persistent=False)
         for position, order in enumerate(self.orders):
             self.register_buffer(f"factor{position}", hadamard_factor(order), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``x R``, [..., n] -> [..., n].
+    def forward(self, x: Tensor, *, dim: int = -1) -> Tensor:
+        """Return ``x R`` along ``dim``, in the shape of x.
 
         Raises:
-            ValueError: the last axis is not ``size``, or x holds integers.
+            ValueError: the axis is not of length ``size``, or x holds integers.
         """
-        wide = self._widen(x)
-        return self._multiply(wide * self._scaled_signs(wide), transpose=False).to(x.dtype)
+        wide = self._widen(x, dim)
+        return self._multiply(wide * self._scaled_signs(wide, dim), dim, transpose=False).to(x.dtype)
 
-    def inverse(self, x: Tensor) -> Tensor:
-        """Return ``x R^T``, [..., n] -> [..., n].
+    def inverse(self, x: Tensor, *, dim: int = -1) -> Tensor:
+        """Return ``x R^T`` along ``dim``, in the shape of x.
 
         Raises:
-            ValueError: the last axis is not ``size``, or x holds integers.
+            ValueError: the axis is not of length ``size``, or x holds integers.
         """
-        wide = self._widen(x)
-        return (self._multiply(wide, transpose=True) * self._scaled_signs(wide)).to(x.dtype)
+        wide = self._widen(x, dim)
+        return (self._multiply(wide, dim, transpose=True) * self._scaled_signs(wide, dim)).to(x.dtype)
 
     def extra_repr(self) -> str:
         """Return the size, its factors and the seed."""
         return f"{self.size}, factors={self.orders}, seed={self.seed}"
 
-    def _widen(self, x: Tensor) -> Tensor:
-        if x.shape[-1:] != (self.size,):
-            raise ValueError(f"x {list(x.shape)}: the last axis must be {self.size}")
+    def _widen(self, x: Tensor, dim: int) -> Tensor:
+        self.require_axis(x, dim)
         if not x.is_floating_point():
             raise ValueError(f"x is {x.dtype}: a rotation needs floating point")
         return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
-    def _multiply(self, x: Tensor, *, transpose: bool) -> Tensor:
-        """Return ``x H`` or ``x H^T`` in the dtype of x."""
-        y = x.reshape(-1, self.size)
+    def _multiply(self, x: Tensor, dim: int, *, transpose: bool) -> Tensor:
+        """Return ``x H`` or ``x H^T`` along ``dim`` in the dtype of x.
+
+        Each factor acts on its own axis, from the left, so that nothing is transposed in memory; only a last axis of
+        the whole tensor is multiplied from the right.
+        """
+        after = math.prod(x.shape[dim % x.dim() + 1 :])  # elements that follow the axis
+        y, rest = x, self.size
         # autocast would run the products in 16 bits, several roundings instead of one.
         with torch.autocast(x.device.type, enabled=False):
-            for position in reversed(range(len(self.orders))):
+            for position, order in enumerate(self.orders):
                 factor = self._cast(f"factor{position}", x)
-                # Contract the last axis and move it to the front; after all factors the axes are in order again.
-                y = y.unflatten(-1, (-1, self.orders[position])) @ (factor.T if transpose else factor)
-                y = y.transpose(-1, -2).flatten(-2)
+                factor = factor.T if transpose else factor
+                rest //= order
+                y = y.reshape(-1, order, rest * after)
+                y = y.squeeze(-1) @ factor if rest * after == 1 else torch.matmul(factor.T, y)
         return y.reshape(x.shape)
 
-    def _scaled_signs(self, like: Tensor) -> Tensor:
+    def _scaled_signs(self, like: Tensor, dim: int) -> Tensor:
         # One factor for diag(signs) / sqrt(n): one pass over x less.
-        return self._cast("signs", like) * self.size**-0.5
+        return along(self.get_buffer("signs"), like, dim) * self.size**-0.5
 
     def _cast(self, buffer: str, like: Tensor) -> Tensor:
         return self.get_buffer(buffer).to(device=like.device, dtype=like.dtype)
-
-
-def _random_signs(size: int, seed: int | None) -> Tensor:
-    if seed is None:
-        return torch.ones(size, dtype=torch.int8)
-    generator = torch.Generator(device="cpu").manual_seed(seed)
-    return (2 * torch.randint(2, (size,), generator=generator, device="cpu") - 1).to(torch.int8)

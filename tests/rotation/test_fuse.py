@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -13,7 +12,16 @@ from qaft.arch.qwen3 import QWEN3
 from qaft.errors import ModelError
 from qaft.rotation.fuse import Fusion
 
-ARCH = Arch(family=LLAMA, num_layers=2, hidden_size=48, head_dim=20, num_heads=6, num_kv_heads=2, tied=True)
+ARCH = Arch(
+    family=LLAMA,
+    num_layers=2,
+    hidden_size=48,
+    intermediate_size=72,
+    head_dim=20,
+    num_heads=6,
+    num_kv_heads=2,
+    tied=True,
+)
 UP, GAMMA = "model.layers.0.mlp.up_proj.weight", "model.layers.0.post_attention_layernorm.weight"
 
 
@@ -78,10 +86,8 @@ def test_head_norms_of_queries_and_keys_are_left_alone() -> None:
         assert result.data_ptr() != weight.data_ptr()
 
 
-def test_metadata_rebuilds_the_same_rotation(
-    fusion: Fusion, norms: dict[str, Tensor], generator: torch.Generator
-) -> None:
-    again = Fusion(ARCH, **json.loads(json.dumps(fusion.metadata())))
+def test_the_seed_defines_the_rotation(fusion: Fusion, norms: dict[str, Tensor], generator: torch.Generator) -> None:
+    again = Fusion(ARCH, seed=5)
     other = Fusion(ARCH, seed=6)
     weight = torch.randn(9, 48, generator=generator)
     assert torch.equal(again.forward(UP, weight, norms), fusion.forward(UP, weight, norms))
@@ -144,7 +150,7 @@ def test_a_norm_that_was_not_read_is_named(fusion: Fusion, direction: str) -> No
 def test_a_zero_in_a_norm_can_be_folded_but_not_undone(fusion: Fusion, norms: dict[str, Tensor]) -> None:
     norms[GAMMA][3] = 0
     fused = fusion.forward(UP, torch.ones(9, 48), norms)
-    with pytest.raises(ModelError, match=f"^{GAMMA} holds zeros: {UP} cannot be brought back"):
+    with pytest.raises(ModelError, match=rf"^{GAMMA.removesuffix('.weight')} holds zeros: {UP} cannot be brought back"):
         fusion.inverse(UP, fused, norms)
 
 

@@ -11,8 +11,15 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    OPTConfig,
+    Phi3Config,
+    PhiConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
@@ -20,12 +27,32 @@ from transformers import (
 
 from qaft.arch import FAMILIES, arch_of
 from qaft.errors import ModelError
+from qaft.rotation.choice import Choice
 from qaft.rotation.fuse import Fusion, fuse_model
 
 SIZES = {"vocab_size": 61, "num_hidden_layers": 3, "max_position_embeddings": 64, "attn_implementation": "eager"}
 SMALL = {**SIZES, "hidden_size": 48, "intermediate_size": 76, "num_attention_heads": 4, "num_key_value_heads": 2}
 ODD = {**SIZES, "hidden_size": 144, "intermediate_size": 100, "num_attention_heads": 6, "num_key_value_heads": 1}
+NEOX = {**SIZES, "num_attention_heads": 4, "tie_word_embeddings": False}
+OPT_SIZES = {**SIZES, "hidden_size": 48, "word_embed_proj_dim": 48, "ffn_dim": 76, "num_attention_heads": 4}
+POST_NORMS = {
+    "gemma2": Gemma2Config(**SMALL, head_dim=20, sliding_window=8),
+    "gemma3_text": Gemma3TextConfig(**SMALL, head_dim=20, sliding_window=8),
+}
 CONFIGS = {
+    "gemma": GemmaConfig(**ODD, head_dim=20, tie_word_embeddings=False),
+    "gemma-tied": GemmaConfig(**SMALL, head_dim=20, attention_bias=True),
+    "gpt_neox": GPTNeoXConfig(**NEOX, hidden_size=48, intermediate_size=76),
+    "gpt_neox-sequential-tied": GPTNeoXConfig(
+        **{**NEOX, "tie_word_embeddings": True}, hidden_size=80, intermediate_size=100, use_parallel_residual=False
+    ),
+    "gpt_neox-unbiased": GPTNeoXConfig(**NEOX, hidden_size=48, intermediate_size=76, attention_bias=False),
+    "opt-tied": OPTConfig(**OPT_SIZES),
+    "opt-unbiased": OPTConfig(**OPT_SIZES, enable_bias=False, tie_word_embeddings=False),
+    "phi": PhiConfig(**SMALL, qk_layernorm=True),
+    "phi-tied": PhiConfig(**SMALL, tie_word_embeddings=True),
+    "phi3": Phi3Config(**SMALL, pad_token_id=0, bos_token_id=1, eos_token_id=2),
+    "phi3-tied": Phi3Config(**ODD, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2),
     "llama": LlamaConfig(**SMALL, head_dim=20, attention_bias=True, mlp_bias=True),
     "llama-tied": LlamaConfig(**ODD, head_dim=12, tie_word_embeddings=True),
     "mistral": MistralConfig(**ODD, head_dim=20),
@@ -40,10 +67,10 @@ TOKENS = torch.arange(24).reshape(2, 12) * 7 % 61
 def _model(case: str) -> PreTrainedModel:
     """A random fp32 model whose norms differ from one and whose biases differ from zero."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[case]), dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(copy.deepcopy({**CONFIGS, **POST_NORMS}[case]), dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:
+            if "norm" in name and name.endswith("weight"):
                 parameter.uniform_(0.3, 1.7)
             else:
                 parameter.normal_(0.02, 0.15)
@@ -68,7 +95,7 @@ def _state(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def test_every_known_family_is_tested() -> None:
-    assert {case.partition("-")[0] for case in CONFIGS} == set(FAMILIES)
+    assert {case.partition("-")[0] for case in (*CONFIGS, *POST_NORMS)} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("case", CONFIGS)
@@ -78,19 +105,18 @@ def test_the_fused_model_is_the_same_function_with_other_weights(case: str) -> N
     fuse_model(model, _fusion(model))
     assert _error(model, reference) <= 1e-5
     after = model.state_dict()
-    for part in ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
-        name = f"model.layers.1.{part}.weight"
+    for name in (f"{place}.weight" for place in _fusion(model).places):
         assert (after[name] - before[name]).norm() > 0.5 * before[name].norm()
-    assert all(after[name].eq(1).all() for name in _fusion(model).norm_names)
+    plain = 0 if case.startswith("gemma") else 1
+    assert all(after[name].eq(plain).all() for name in _fusion(model).norm_names if name.endswith("weight"))
 
 
 @pytest.mark.parametrize("case", CONFIGS)
 def test_streaming_the_original_tensors_gives_bit_for_bit_the_fused_model(case: str) -> None:
     model = _model(case)
     fusion, original = _fusion(model), _state(model)
-    norms = {name: original[name] for name in fusion.norm_names}
     # A tied checkpoint holds one tensor for both; state_dict lists it under both names.
-    streamed = {name: fusion.forward(name, tensor, norms) for name, tensor in original.items()}
+    streamed = {name: fusion.forward(name, tensor, original) for name, tensor in original.items()}
     fuse_model(model, fusion)
     fused = model.state_dict()
     assert streamed.keys() == fused.keys()
@@ -101,11 +127,37 @@ def test_streaming_the_original_tensors_gives_bit_for_bit_the_fused_model(case: 
 def test_the_inverse_brings_every_parameter_back(case: str) -> None:
     model = _model(case)
     fusion, original = _fusion(model), _state(model)
-    norms = {name: original[name] for name in fusion.norm_names}
     fuse_model(model, fusion)
     for name, tensor in model.state_dict().items():
-        back = fusion.inverse(name, tensor, norms)
-        assert (back - original[name]).norm() <= 1e-6 * original[name].norm(), name
+        back, expected = fusion.inverse(name, tensor, original), original[name]
+        place = fusion.places.get(name.rpartition(".")[0])
+        if place is not None and place.centers is not None:
+            expected = expected - expected.mean(0 if place.centers == "writes" else -1, keepdim=True)
+        assert (back - expected).norm() <= 2e-6 * original[name].norm(), name
+
+
+@pytest.mark.parametrize("case", POST_NORMS)
+def test_a_family_that_normalizes_what_its_blocks_write_keeps_its_residual_basis(case: str) -> None:
+    with pytest.raises(ModelError, match=rf"^{case}: the residual stream cannot be rotated: it scales the channels"):
+        _fusion(_model(case))
+
+
+@pytest.mark.parametrize("case", POST_NORMS)
+def test_value_heads_can_be_rotated_without_the_residual_stream(case: str) -> None:
+    model = _model(case)
+    reference, before = _logits(model), _state(model)
+    fusion = Fusion(arch_of(model.config), Choice.uniform(3, residual=False, values=True), seed=11)
+    fuse_model(model, fusion)
+    assert _error(model, reference) <= 1e-5
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {f"{name}.weight" for name in fusion.places}
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_opt_350m_which_normalizes_after_its_blocks_is_refused() -> None:
+    config = OPTConfig(**OPT_SIZES, do_layer_norm_before=False)
+    with pytest.raises(ModelError, match=r"^opt: .* its config has do_layer_norm_before=False, which needs to be True"):
+        Fusion(arch_of(config))
 
 
 @pytest.mark.parametrize("case", ["llama-tied", "qwen3-tied"])
