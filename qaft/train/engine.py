@@ -1,6 +1,7 @@
 """What the loop asks of whatever runs the model: forward, backward, step. Methods never see which engine it is.
 
 The accelerate engine places the model, averages gradients over ranks, accumulates micro-batches, clips and steps.
+``qaft/train/deepspeed.py`` is the other engine: it also partitions what is trained over the ranks.
 
 Precision: no autocast. The frozen model already is in its compute dtype and every update casts its fp32 parameters to
 the dtype of its input; autocast would only override the places that chose fp32 on purpose (norms, softmax, the loss).
@@ -10,6 +11,7 @@ of two is exact in the fp32 gradients and keeps the fp16 ones inside the model a
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,14 +20,15 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, LoggerType
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
-from qaft.errors import RecipeError
-from qaft.registry import suggest
+from qaft.train.trackers import Trackers
+
+OptimizerState = dict[str, Any]
+"""The ``state_dict`` of the optimizer as it was built: whole tensors for each parameter, whoever partitions them."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ class Engine(Protocol):
     """Runs forward, backward and optimizer steps over one or more processes.
 
     Laws: gradients of ``backward`` calls add up until ``step`` and are averaged over ranks; ``step`` is called when
-    ``due`` is true, that is after all micro-batches of the optimizer step.
+    ``due`` is true, that is after all micro-batches of the optimizer step. Between steps a parameter may be partitioned
+    over the ranks: only ``whole_parameters`` and, after ``release``, the module itself give its values.
     """
 
     @property
@@ -84,12 +88,40 @@ class Engine(Protocol):
         """Return the sum of ``value`` over processes, equal on all; collective."""
         ...
 
+    def whole_parameters(self, params: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+        """Return the trained values by name; on ranks but 0 they may be meta tensors; collective."""
+        ...
+
+    def load_parameters(self, params: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+        """Set trained parameters to whole tensors, equal on all ranks; collective."""
+        ...
+
+    def optimizer_state(self) -> OptimizerState:
+        """Return the optimizer's state for whole parameters, complete on rank 0; collective."""
+        ...
+
+    def load_optimizer_state(self, state: OptimizerState) -> None:
+        """Set the optimizer's state from whole tensors, equal on all ranks, of any engine; collective."""
+        ...
+
+    def release(self) -> None:
+        """Leave an ordinary module with whole parameters; nothing can be trained afterwards; collective."""
+        ...
+
     def wait(self) -> None:
         """Return when every process has come here; collective."""
         ...
 
+    def start_trackers(self, project: str, config: Mapping[str, Any]) -> None:
+        """Open the trackers that the engine was built with."""
+        ...
+
+    def track(self, values: Mapping[str, float], step: int) -> None:
+        """Send values to the trackers."""
+        ...
+
     def end_trackers(self) -> None:
-        """Let trackers write what they hold; without trackers nothing happens."""
+        """Let trackers write what they hold, and leave the process group; the last call of a run."""
         ...
 
 
@@ -124,16 +156,13 @@ class AccelerateEngine:
     ) -> None:
         # Broadcasting buffers would send the packed frozen weights over the network in every forward pass.
         parallel = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-        _check_trackers(report_to)
         # "no" overrides ACCELERATE_MIXED_PRECISION: see the top of this file.
-        self._accelerator = Accelerator(
-            cpu=cpu,
-            mixed_precision="no",
-            log_with=list(report_to) or None,
-            project_dir=folder,
-            kwargs_handlers=[parallel],
-        )
-        self._wrapped: Any = self._accelerator.prepare_model(module)
+        self._accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[parallel])
+        self._trackers = Trackers(report_to, folder=folder, cpu=cpu)
+        with warnings.catch_warnings():
+            # torch renames broadcast_buffers; the new option still sends the buffers once.
+            warnings.simplefilter("ignore", FutureWarning)
+            self._wrapped: Any = self._accelerator.prepare_model(module)
         self._module = module
         self._optimizer = optimizer
         self._accumulation = accumulation
@@ -200,39 +229,44 @@ class AccelerateEngine:
         """Return the sum of ``value`` over processes; collective."""
         return self._accelerator.reduce(value.to(self.device), reduction="sum")  # type: ignore[return-value]
 
+    def whole_parameters(self, params: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+        """Return the parameters themselves, which every rank holds."""
+        return {name: param.detach() for name, param in params.items()}
+
+    def load_parameters(self, params: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+        """Copy ``values`` into the parameters."""
+        with torch.no_grad():
+            for name, param in params.items():
+                param.copy_(values[name])
+
+    def optimizer_state(self) -> OptimizerState:
+        """Return the optimizer's ``state_dict``."""
+        return self._optimizer.state_dict()
+
+    def load_optimizer_state(self, state: OptimizerState) -> None:
+        """Load a ``state_dict``."""
+        self._optimizer.load_state_dict(state)
+
+    def release(self) -> None:
+        """Do nothing: the module that was given has always been an ordinary one."""
+
     def wait(self) -> None:
         """Return when every process has come here; collective."""
         self._accelerator.wait_for_everyone()
 
     def start_trackers(self, project: str, config: Mapping[str, Any]) -> None:
-        """Open the trackers of ``report_to``; ``config`` is flattened to ``section.key``, some take no nesting."""
-        self._accelerator.init_trackers(project, config=_flatten(config))
+        """Open the trackers of ``report_to``."""
+        self._trackers.start(project, config)
 
     def track(self, values: Mapping[str, float], step: int) -> None:
         """Send values to the trackers."""
-        self._accelerator.log(dict(values), step=step)
+        self._trackers.track(values, step)
 
     def end_trackers(self) -> None:
-        """Flush and close the trackers."""
+        """Flush and close the trackers, and leave the process group; the engine cannot be called any more."""
+        self._trackers.end()
+        # If DDP's reducer were the last to let go of a gloo group, it would wait, holding Python's lock, for a thread
+        # that waits for the lock.
+        self._wrapped = None
+        self._accelerator.free_memory()
         self._accelerator.end_training()
-
-
-def _check_trackers(names: Sequence[str]) -> None:
-    # accelerate itself passes over a tracker whose package is missing.
-    known = sorted(str(name) for name in LoggerType if name != LoggerType.ALL)
-    available = {str(name) for name in get_available_trackers()}
-    for name in names:
-        if name not in known:
-            raise RecipeError(f"train.report_to: {name!r} must be one of {', '.join(known)}{suggest(name, known)}")
-        if name not in available:
-            raise RecipeError(f"train.report_to: {name} cannot be imported; pip install it, or leave it out")
-
-
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, int | float | str | bool]:
-    flat: dict[str, int | float | str | bool] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, int | float | str | bool) else str(value)
-    return flat

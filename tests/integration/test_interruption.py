@@ -77,15 +77,15 @@ def test_a_full_disk_ends_the_run_with_one_message_and_keeps_the_last_checkpoint
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = recipe(tiny_llama, tmp_path / "full", steps=9, save_every=3)
-    write, run = checkpoint_module.save_file, path.parent / "run"
+    write, run = checkpoint_module.save_tensors, path.parent / "run"
 
-    def save_file(tensors: Any, file: Path) -> None:
+    def save_tensors(tensors: Any, file: Path) -> None:
         if (run / "checkpoint-3").exists():
             Path(file).write_bytes(b"half")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
         write(tensors, file)
 
-    monkeypatch.setattr(checkpoint_module, "save_file", save_file)
+    monkeypatch.setattr(checkpoint_module, "save_tensors", save_tensors)
     with pytest.raises(SystemExit) as end:
         main(["train", str(path)])
     captured = capsys.readouterr()
@@ -108,7 +108,7 @@ def test_a_full_disk_while_exporting_leaves_the_run_and_no_half_export(
     def full(*args: Any, **options: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("qaft.export.checkpoint_writer.save_file", full)
+    monkeypatch.setattr("qaft.export.checkpoint_writer.save_tensors", full)
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         main(["export", str(run), "--format", "merged"])

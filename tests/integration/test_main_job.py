@@ -21,7 +21,8 @@ from qaft.build import Run, build_run
 from qaft.commands.export import export_run
 from qaft.evaluate.difference import compare_logits, logits_of, prompt_ids
 from qaft.layers.attach import frozen_layers
-from qaft.recipe import ExportSection, parse_recipe
+from qaft.recipe import parse_recipe
+from qaft.sections import ExportSection
 
 INT4: dict[str, Any] = {"bits": 4, "group_size": None}
 QAT = {
@@ -42,6 +43,7 @@ ROWS = {"kind": "roco", "rows": 4}
 ADAPTERS = {
     **{f"random, {u['kind']}, {s}": ("tiny_llama", s, u) for u in (LOWRANK, ROWS) for s in ("nf4", "int8", "int4")},
     "random, lowrank, fp32": ("tiny_llama", "fp32", LOWRANK),
+    "random, bank, nf4": ("tiny_llama", "nf4", {"kind": "bank", "rank": 2, "blocks": 4}),
     "random, roco columns, bf16": ("tiny_llama", "bf16", {"kind": "roco", "columns": 3}),
     "stories, lowrank, nf4": ("stories260k", "nf4", LOWRANK),
     "stories, roco, fp32": ("stories260k", "fp32", ROWS),

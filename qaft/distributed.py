@@ -1,0 +1,36 @@
+"""The process group of a job: connected once, before the first collective, whatever started the processes."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+
+from qaft.ranks import world_size
+
+_ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+
+
+def connect(device: torch.device) -> None:
+    """Connect this process to the others of its job; a process that is alone becomes a group of one.
+
+    Tensors on GPUs go through NCCL, those in host memory through gloo. Does nothing the second time.
+
+    Args:
+        device: where this process computes.
+    """
+    if dist.is_initialized():
+        return
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    if world_size() > 1:
+        dist.init_process_group(backend)
+        return
+    # DeepSpeed looks for MPI where these are missing.
+    for name, value in _ALONE.items():
+        os.environ.setdefault(name, value)
+    dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
