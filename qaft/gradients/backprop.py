@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
-
-from qaft.gradients.base import Closure, GradientEstimate
+from qaft.gradients.base import Closure, GradientEstimate, Parameters
 
 
 class Backprop:
@@ -15,7 +12,7 @@ class Backprop:
 
     needs_backward = True
 
-    def __call__(self, closure: Closure, params: Sequence[nn.Parameter]) -> GradientEstimate:
+    def __call__(self, closure: Closure, params: Parameters) -> GradientEstimate:
         """Evaluate the closure once; its gradient is the estimate."""
         loss = closure()
         return GradientEstimate(surrogate=loss, loss=loss.detach())

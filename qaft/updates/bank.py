@@ -1,0 +1,96 @@
+"""LOZO's update with a finite bank of random subspaces: a LoRA whose ``down`` is never trained.
+
+    W = W0 + c sum_p A_p V_p^T,    V_p in {+1, -1}^(I x r) fixed, drawn from (seed, layer, p)      c = spec.input_scale
+
+A zeroth-order step trains the one block A_p that is its turn. With P blocks that take turns the rank is at most r P for
+ever (LOZO with a finite pool of V); with a block for every period of the run it is LOZO as published (arXiv 2410.07698,
+``W <- W - alpha c U V^T / r``, V resampled every ``interval`` steps).
+
+Each block is a parameter of its own: the others have no gradient while it is trained, so that every optimizer leaves
+them and their moments alone until they return.
+
+Shapes: O = out_features, I = in_features, r = rank, P = blocks, R = r P.  A_p [O, r], V [R, I].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qaft.bases.base import LinearSpec, Matmul
+from qaft.philox import key_of, pack_bits, signs, unpack_signs
+from qaft.updates.base import LowRankFactors, Update
+
+
+class Bank(Update):
+    """``y = W0 x + c A V x``; R O trainables, of which ``gradient.kind: lozo`` trains r O at a time.
+
+    Args:
+        spec: the layer to adapt.
+        rank: r, columns that are trained at a time.
+        blocks: P; with the default rank, R = 64.
+
+    Raises:
+        ValueError: rank is not in [1, min(O, I)], or there is no block.
+    """
+
+    formula = "W0 + c sum_p A_p V_p^T"
+    source = "LOZO, arXiv 2410.07698"
+
+    packed: Tensor
+
+    def __init__(self, spec: LinearSpec, *, rank: int = 2, blocks: int = 32) -> None:
+        super().__init__()
+        limit = min(spec.out_features, spec.in_features)
+        if not 1 <= rank <= limit:
+            raise ValueError(
+                f"{spec.name}: rank={rank} must be in [1, {limit}] "
+                f"for a [{spec.out_features}, {spec.in_features}] weight"
+            )
+        if blocks < 1:
+            raise ValueError(f"{spec.name}: blocks={blocks} must be at least 1; rank x blocks bounds the update's rank")
+        self.in_features, self.rank = spec.in_features, rank
+        self.scale = spec.input_scale
+        self.blocks = nn.ParameterList(
+            nn.Parameter(torch.zeros(spec.out_features, rank, dtype=spec.dtype)) for _ in range(blocks)
+        )
+        key, shape = key_of(spec.seed, "basis"), torch.Size((rank, spec.in_features))
+        # One block after the other: the first ones are the same whatever their number.
+        drawn = [signs({spec.name: shape}, key=key, step=p, device=torch.device("cpu")) for p in range(blocks)]
+        # One bit for each sign: 9 MB for all linear layers of 7B at R = 64.
+        packed = pack_bits(torch.cat([block[spec.name] for block in drawn]) > 0)
+        self.register_buffer("packed", packed, persistent=False)
+
+    def basis(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
+        """Return ``V`` (or some of its rows), [R, I], of +1 and -1."""
+        return unpack_signs(self.packed[rows], dtype)[:, : self.in_features]
+
+    def up(self) -> Tensor:
+        """Return ``c A``, [O, R]."""
+        return self.scale * torch.cat(list(self.blocks), dim=1)
+
+    def forward(self, x: Tensor, base: Matmul) -> Tensor:
+        """Return the updated output, [..., I] -> [..., O]."""
+        y, z = base(x), F.linear(x, self.basis(x.dtype))
+        # The sum inside the product: a separate one would read and write y again.
+        return torch.addmm(y.flatten(0, -2), z.flatten(0, -2), self.up().to(x.dtype).T).view_as(y)
+
+    def tangent(self, x: Tensor, base: Matmul, directions: Mapping[str, Tensor]) -> Tensor:
+        """Return ``c sum_p Z_p V_p x`` over the blocks of ``directions``, [..., I] -> [..., O]."""
+        places = {int(name.removeprefix("blocks.")): value for name, value in directions.items()}
+        # In their own columns: beside A in 16 bits a step of epsilon would be rounded away.
+        basis = [self.basis(x.dtype, slice(p * self.rank, (p + 1) * self.rank)) for p in places]
+        return F.linear(F.linear(x, torch.cat(basis)), (self.scale * torch.cat(list(places.values()), 1)).to(x.dtype))
+
+    def merge(self, weight: Tensor) -> Tensor:
+        """Return ``W0 + c A V``, [O, I]."""
+        up = self.up()
+        return weight + (up @ self.basis(up.dtype)).to(weight.dtype)
+
+    def low_rank_factors(self) -> LowRankFactors:
+        """Return ``(V, c A)``."""
+        up = self.up().detach()
+        return LowRankFactors(down=self.basis(up.dtype), up=up)
