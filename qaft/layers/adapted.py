@@ -10,6 +10,9 @@ Source: RoSTE (arXiv 2502.09003) for the estimator; the fused rotations R1 and R
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -49,6 +52,9 @@ class AdaptedLinear(nn.Module):
         self.act_quantizer = act_quantizer or nn.Identity()
         self.in_features = base.in_features
         self.out_features = base.out_features
+        # Set by regularizers for the length of a pass; see qaft/layers/passes.py.
+        self.shows: Literal["trained", "base", "unquantized_base"] = "trained"
+        self.noise: Callable[[Tensor], Tensor] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -66,7 +72,9 @@ class AdaptedLinear(nn.Module):
 
     def weight(self) -> Tensor:
         """Return the effective weight in ``self.dtype``, [O, I]: what the forward uses and what is exported."""
-        latent = self.latent()
+        return self._on_grid(self.latent())
+
+    def _on_grid(self, latent: Tensor) -> Tensor:
         return (latent if self.quantizer is None else self.quantizer(latent)).to(self.dtype)
 
     @torch.no_grad()
@@ -76,10 +84,29 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output, [..., I] -> [..., O]."""
+        y = self._trained_output(x) if self.shows == "trained" else self._base_output(x)
+        if self.noise is not None and self.training:
+            base = self._base_output(x)
+            y = base + (y - base) * self.noise(y)
+        return y
+
+    def _trained_output(self, x: Tensor) -> Tensor:
         if self.quantizer is not None:
             x = self.act_quantizer(self.rotation(x))
             return rebuilt_linear(x, self.weight, self.base.bias, *self.update.parameters())
-        y = self.update(x, self.base.matmul)
+        return self._plus_bias(self.update(x, self.base.matmul))
+
+    def _base_output(self, x: Tensor) -> Tensor:
+        """Return what the layer computes without its update, on the same grid unless it shows the unquantized base."""
+        if self.quantizer is not None and self.shows != "unquantized_base":
+            x = self.act_quantizer(self.rotation(x))
+            return rebuilt_linear(x, self._base_weight, self.base.bias)
+        return self._plus_bias(self.base.matmul(x))
+
+    def _base_weight(self) -> Tensor:
+        return self._on_grid(self.rotation(self.base.dequantize().float()))
+
+    def _plus_bias(self, y: Tensor) -> Tensor:
         return y if self.base.bias is None else y + self.base.bias.to(y.dtype)
 
     def extra_repr(self) -> str:

@@ -55,19 +55,30 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
 
+def update_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the persistent buffers of updates, by name: choices like the trained rows, without which trained
+    parameters mean nothing.
+    """
+    buffers: dict[str, Tensor] = {}
+    for name, layer in adapted_layers(model).items():
+        persistent = layer.update.state_dict().keys()
+        buffers |= {f"{name}.update.{leaf}": b for leaf, b in layer.update.named_buffers() if leaf in persistent}
+    return buffers
+
+
 def load_trainables(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy saved trainables into the model.
+    """Copy what a checkpoint holds into the model: the trained parameters and the buffers of updates.
 
     Raises:
-        TargetError: names or shapes differ from the model's trainables.
+        TargetError: names or shapes differ from the model's.
     """
-    parameters = trainable_parameters(model)
-    if missing := sorted(parameters.keys() ^ tensors.keys()):
+    targets = {**trainable_parameters(model), **update_buffers(model)}
+    if missing := sorted(targets.keys() ^ tensors.keys()):
         raise TargetError(
             f"saved trainables do not fit this model: {len(missing)} names differ, first {missing[0]!r}; "
             "use the recipe that the run was trained with"
         )
-    for name, parameter in parameters.items():
-        if parameter.shape != tensors[name].shape:
-            raise TargetError(f"{name}: saved shape {tuple(tensors[name].shape)}, model has {tuple(parameter.shape)}")
-        parameter.data.copy_(tensors[name])
+    for name, target in targets.items():
+        if target.shape != tensors[name].shape:
+            raise TargetError(f"{name}: saved shape {tuple(tensors[name].shape)}, model has {tuple(target.shape)}")
+        target.data.copy_(tensors[name])

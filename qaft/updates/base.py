@@ -9,11 +9,20 @@ Both are asserted for every registered class by ``tests/contracts/test_update_co
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from qaft.bases.base import Matmul
+from qaft.updates.entries import EntryChoice
+
+_DIFFERENCE = 2.0**-8
+"""Step of a numerical derivative: the error of the second order and that of fp32 rounding are both about 1e-5."""
 
 
 @dataclass(frozen=True)
@@ -27,14 +36,49 @@ class LowRankFactors:
 class Update(nn.Module, ABC):
     """A trainable change of one linear layer; only its own parameters are trainable.
 
+    Parameters and persistent buffers are its whole state: ``load_state_dict`` into an update that was built from other
+    scores gives the same function. Nothing else may be derived from scores, because a checkpoint replaces the choice.
+
     A subclass is final, takes a ``LinearSpec`` first and its options keyword-only, and raises ``ValueError`` naming the
     layer, the value given and the values allowed.
+
+    Attributes:
+        formula: the updated weight.
+        source: where the method is from.
+        typical: options with which ``qaft list`` counts trainables, where the defaults train nothing.
     """
+
+    formula: ClassVar[str]
+    source: ClassVar[str]
+    typical: ClassVar[Mapping[str, object]] = MappingProxyType({})
+
+    @classmethod
+    def has_low_rank(cls) -> bool:
+        """Return whether the change of the weight is a product of two thin factors, which a LoRA file can hold."""
+        return cls.low_rank_factors is not Update.low_rank_factors
 
     @classmethod
     def wants_scores(cls, **options: object) -> bool:
         """Return True when these options need a calibration pass before construction."""
         return False
+
+    @classmethod
+    def entry_choice(cls, **options: object) -> EntryChoice | None:
+        """Return which entries a selection pass has to find for these options, or None.
+
+        Raises:
+            ValueError: an option has no such value.
+        """
+        return None
+
+    @classmethod
+    def is_tied(cls, **options: object) -> bool:
+        """Return whether, with these options, layers that read the same norm share parameters."""
+        return False
+
+    def tie_to(self, first: Update) -> None:
+        """Use the shared parameters of ``first``, an update of the same kind that reads the same norm."""
+        raise TypeError(f"{type(self).__name__} has no parameters that layers could share")
 
     @abstractmethod
     def forward(self, x: Tensor, base: Matmul) -> Tensor:
@@ -43,6 +87,24 @@ class Update(nn.Module, ABC):
     @abstractmethod
     def merge(self, weight: Tensor) -> Tensor:
         """Return the updated weight, [O, I] -> [O, I]: a new tensor in ``weight``'s dtype, differentiable in theta."""
+
+    def tangent(self, x: Tensor, base: Matmul, directions: Mapping[str, Tensor]) -> Tensor:
+        """Return the derivative of ``forward(x, base)`` along ``directions``, [..., I] -> [..., O]; linear in x.
+
+        Here a central difference in fp32, for any update; one that knows its derivative says so without multiplying by
+        the frozen weight again.
+
+        Args:
+            x: [..., I].
+            base: ``x -> x @ W0.T``.
+            directions: for one or more parameters, by name; of the shape of the parameter.
+        """
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        ends = []
+        for step in (_DIFFERENCE, -_DIFFERENCE):
+            moved = {n: p + step * directions[n] for n, p in self.named_parameters() if n in directions}
+            ends.append(functional_call(self, moved, (wide, base)))
+        return ((ends[0] - ends[1]) / (2 * _DIFFERENCE)).to(x.dtype)
 
     def low_rank_factors(self) -> LowRankFactors | None:
         """Return the exact factors of ``dW`` when its rank is bounded by construction, else None."""

@@ -11,7 +11,10 @@ Shapes: O = out_features, I = in_features.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qaft.bases.base import LinearSpec, Matmul
@@ -25,6 +28,9 @@ class DenseDelta(Update):
     Args:
         spec: the layer to adapt.
     """
+
+    formula = "W0 + c D"
+    source = "QV-only fine-tuning, arXiv 2410.02247"
 
     def __init__(self, spec: LinearSpec) -> None:
         super().__init__()
@@ -42,3 +48,7 @@ class DenseDelta(Update):
     def merge(self, weight: Tensor) -> Tensor:
         """Return ``W0 + c D``, [O, I]."""
         return torch.add(weight, self.delta.to(weight.dtype), alpha=self.scale)
+
+    def tangent(self, x: Tensor, base: Matmul, directions: Mapping[str, Tensor]) -> Tensor:
+        """Return ``c Z x``, [..., I] -> [..., O]."""
+        return F.linear(x, (self.scale * directions["delta"]).to(x.dtype))

@@ -7,8 +7,7 @@ Shapes: O = out_features, I = in_features, R = rank.  A [R, I], B [O, R].
 
 from __future__ import annotations
 
-import math
-import zlib
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from qaft.bases.base import LinearSpec, Matmul
 from qaft.updates.base import LowRankFactors, Update
+from qaft.updates.factors import check_rank, random_down
 
 
 class LowRank(Update):
@@ -30,26 +30,28 @@ class LowRank(Update):
         ValueError: rank is not in [1, min(O, I)].
     """
 
+    formula = "W0 + s B A"
+    source = "LoRA, arXiv 2106.09685"
+
     def __init__(self, spec: LinearSpec, *, rank: int = 8, alpha: float = 16.0) -> None:
         super().__init__()
-        limit = min(spec.out_features, spec.in_features)
-        if not 1 <= rank <= limit:
-            raise ValueError(
-                f"{spec.name}: rank={rank} must be in [1, {limit}] "
-                f"for a [{spec.out_features}, {spec.in_features}] weight"
-            )
+        check_rank(spec, rank)
         self.scale = spec.input_scale * alpha / rank
-        # The layer's name is part of the seed, so that a layer starts the same whatever else is adapted.
-        generator = torch.Generator().manual_seed(spec.seed ^ zlib.crc32(spec.name.encode()))
-        down = torch.empty(rank, spec.in_features)
-        nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
-        self.down = nn.Parameter(down.to(spec.dtype))
+        self.down = nn.Parameter(random_down(spec, rank))
         self.up = nn.Parameter(torch.zeros(spec.out_features, rank, dtype=spec.dtype))
 
     def forward(self, x: Tensor, base: Matmul) -> Tensor:
         """Return the updated output, [..., I] -> [..., O]."""
         # Scaling the small factor costs R * O products instead of one per output element.
         return base(x) + F.linear(F.linear(x, self.down.to(x.dtype)), (self.scale * self.up).to(x.dtype))
+
+    def tangent(self, x: Tensor, base: Matmul, directions: Mapping[str, Tensor]) -> Tensor:
+        """Return ``s (Z_B A + B Z_A) x``, [..., I] -> [..., O]."""
+        pairs = [(self.down, directions["up"])] if "up" in directions else []
+        pairs += [(directions["down"], self.up)] if "down" in directions else []
+        down = torch.cat([down for down, _ in pairs], dim=0)
+        up = torch.cat([self.scale * up for _, up in pairs], dim=1)
+        return F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
 
     def merge(self, weight: Tensor) -> Tensor:
         """Return ``W0 + s B A``, [O, I]."""

@@ -12,6 +12,9 @@ Shapes: O = out_features, I = in_features, r = rows, c = columns.  dR [r, I], dC
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -35,9 +38,12 @@ class RoCo(Update):
         ValueError: nothing to train, a count out of range, or an unknown ``choose``.
     """
 
+    formula = "W0 + c (E_R dR + dC E_C^T)"
+    source = "RoCoFT, arXiv 2410.10075"
+    typical: ClassVar[Mapping[str, object]] = MappingProxyType({"rows": 4})
+
     rows: Tensor
     columns: Tensor
-    owned: Tensor
 
     @classmethod
     def wants_scores(cls, **options: object) -> bool:
@@ -48,7 +54,7 @@ class RoCo(Update):
         super().__init__()
         if rows == 0 and columns == 0:
             raise ValueError(f"{spec.name}: rows=0 and columns=0 leave nothing to train; try rows: 4")
-        self.in_features = spec.in_features
+        self.in_features, self.out_features = spec.in_features, spec.out_features
         self.scale = spec.input_scale
         generator = torch.Generator().manual_seed(spec.seed ^ zlib.crc32(spec.name.encode()))
         row_indices = choose_indices(
@@ -70,9 +76,6 @@ class RoCo(Update):
         )
         self.register_buffer("rows", row_indices)
         self.register_buffer("columns", column_indices)
-        owned = torch.ones(spec.out_features, 1, dtype=spec.dtype)
-        owned[row_indices] = 0
-        self.register_buffer("owned", owned, persistent=False)
         self.row_delta = nn.Parameter(torch.zeros(rows, spec.in_features, dtype=spec.dtype)) if rows else None
         self.column_delta = nn.Parameter(torch.zeros(spec.out_features, columns, dtype=spec.dtype)) if columns else None
 
@@ -80,16 +83,28 @@ class RoCo(Update):
         return None if self.row_delta is None else self.scale * self.row_delta
 
     def _columns(self) -> Tensor | None:
-        if self.column_delta is None or self.row_delta is None:
-            return None if self.column_delta is None else self.scale * self.column_delta
-        return self.scale * self.column_delta * self.owned
+        return None if self.column_delta is None else self._scaled_columns(self.column_delta)
+
+    def _scaled_columns(self, delta: Tensor) -> Tensor:
+        return self.scale * (delta if self.row_delta is None else delta.index_fill(0, self.rows, 0))
 
     def forward(self, x: Tensor, base: Matmul) -> Tensor:
         """Return the updated output, [..., I] -> [..., O]."""
-        y, rows = base(x), self._rows()
+        return self._added(base(x), x, self._rows(), self._columns())
+
+    def tangent(self, x: Tensor, base: Matmul, directions: Mapping[str, Tensor]) -> Tensor:
+        """Return ``c (E_R Z_R x + Z_C x_C)``, [..., I] -> [..., O]."""
+        rows, columns = directions.get("row_delta"), directions.get("column_delta")
+        return self._added(
+            x.new_zeros(*x.shape[:-1], self.out_features),
+            x,
+            None if rows is None else self.scale * rows,
+            None if columns is None else self._scaled_columns(columns),
+        )
+
+    def _added(self, y: Tensor, x: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
         if rows is not None:
             y = y.index_add(-1, self.rows, F.linear(x, rows.to(x.dtype)))
-        columns = self._columns()
         if columns is not None:
             y = y + F.linear(x.index_select(-1, self.columns), columns.to(x.dtype))
         return y
@@ -108,14 +123,13 @@ class RoCo(Update):
         """Return exact factors of rank r + c: one-hot columns for the rows, one-hot rows for the columns."""
         downs, ups = [], []
         rows, columns = self._rows(), self._columns()
-        out_features, dtype = self.owned.shape[0], self.owned.dtype
         if rows is not None:
-            one_hot = torch.zeros(out_features, self.rows.numel(), dtype=dtype, device=self.rows.device)
+            one_hot = torch.zeros(self.out_features, self.rows.numel(), dtype=rows.dtype, device=rows.device)
             one_hot[self.rows, torch.arange(self.rows.numel())] = 1
             downs.append(rows.detach())
             ups.append(one_hot)
         if columns is not None:
-            one_hot = torch.zeros(self.columns.numel(), self.in_features, dtype=dtype, device=self.columns.device)
+            one_hot = torch.zeros(self.columns.numel(), self.in_features, dtype=columns.dtype, device=columns.device)
             one_hot[torch.arange(self.columns.numel()), self.columns] = 1
             downs.append(one_hot)
             ups.append(columns.detach())

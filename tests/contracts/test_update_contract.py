@@ -8,18 +8,33 @@ import torch.nn.functional as F
 
 from qaft.bases.base import FrozenLinear, LinearSpec
 from qaft.bases.dense import DenseBase
+from qaft.compat import UNBOUNDED_RANK
 from qaft.layers.adapted import AdaptedLinear
 from qaft.quant.affine import Affine
 from qaft.updates import UPDATES
+from qaft.updates.base import Update
 
 OUT, IN = 24, 64
 
 CASES = {
+    "bank": ("bank", {"rank": 1, "blocks": 3}),
     "dense": ("dense", {}),
+    "gsoft": ("gsoft", {"block": 8}),
+    "gsoft-isometric": ("gsoft", {"block": 4, "scale": False}),
+    "ia3": ("ia3", {}),
+    "linchain": ("linchain", {"rank": 3, "depth": 2, "alpha": 5.0}),
+    "linchain-plain": ("linchain", {"rank": 3, "depth": 0}),
     "lowrank": ("lowrank", {"rank": 3, "alpha": 5.0}),
     "roco-rows": ("roco", {"rows": 3}),
     "roco-columns": ("roco", {"columns": 4, "choose": "random"}),
     "roco-both": ("roco", {"rows": 2, "columns": 3, "choose": "first"}),
+    "roco-scored": ("roco", {"rows": 2, "columns": 3, "choose": "mixed"}),
+    "sift": ("sift", {"rate": 0.05, "choose": "random"}),
+    "sift-blocks": ("sift", {"rate": 0.2, "entries": "block64", "choose": "random"}),
+    "sift-selected": ("sift", {"rate": 0.02}),
+    "ssb": ("ssb", {}),
+    "ssb-tied": ("ssb", {"tie": True}),
+    "ssl": ("ssl", {}),
 }
 
 
@@ -27,14 +42,19 @@ def test_every_registered_update_has_a_contract_case() -> None:
     assert {kind for kind, _ in CASES.values()} == set(UPDATES)
 
 
-def make(case: str, dtype: torch.dtype = torch.float64):
+def make(case: str, dtype: torch.dtype = torch.float64, *, scores_seed: int = 3):
     kind, options = CASES[case]
+    generator = torch.Generator().manual_seed(scores_seed)
+    entries = UPDATES[kind].entry_choice(**options)
     spec = LinearSpec(
         name="model.layers.0.self_attn.q_proj",
         out_features=OUT,
         in_features=IN,
         dtype=dtype,
         num_heads=4,
+        row_scores=torch.rand(OUT, generator=generator),
+        column_scores=torch.rand(IN, generator=generator),
+        places=None if entries is None else entries.largest(torch.randn(OUT, IN, generator=generator)),
         input_scale=0.5,
     )
     return UPDATES[kind](spec, **options)
@@ -92,6 +112,43 @@ def test_gradients_agree_between_activation_space_and_weight_space(case: str, ba
         torch.testing.assert_close(a, b, atol=1e-11, rtol=1e-11)
 
 
+class _Merge(torch.nn.Module):
+    """``update.merge`` as a forward pass, which ``functional_call`` can call."""
+
+    def __init__(self, update: Update) -> None:
+        super().__init__()
+        self.update = update
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return self.update.merge(weight)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", CASES)
+def test_the_tangent_is_the_derivative_of_the_output(case: str, base: FrozenLinear, generator: torch.Generator) -> None:
+    update, x = trained(case), torch.randn(5, 7, IN, dtype=torch.float64)
+    directions = {n: torch.randn(p.shape, generator=generator).double() for n, p in update.named_parameters()}
+    for some in (directions, dict(list(directions.items())[:1])):
+        ends = []
+        for step in (1e-5, -1e-5):
+            moved = {n: p + step * some[n] for n, p in update.named_parameters() if n in some}
+            ends.append(torch.func.functional_call(update, moved, (x, base.matmul)))
+        expected = (ends[0] - ends[1]) / 2e-5
+        found = update.tangent(x, base.matmul, some)
+        # Numerical derivatives have an error of (2^-8)^2, exact ones only that of this test's own difference.
+        numerical = type(update).tangent is Update.tangent
+        assert float((found - expected).norm() / expected.norm()) < (1e-3 if numerical else 1e-8)
+
+
+@torch.no_grad()
+def test_a_numerical_tangent_agrees_with_an_exact_one(base: FrozenLinear, generator: torch.Generator) -> None:
+    update, x = trained("lowrank"), torch.randn(5, IN, dtype=torch.float64)
+    directions = {n: torch.randn(p.shape, generator=generator).double() for n, p in update.named_parameters()}
+    torch.testing.assert_close(
+        Update.tangent(update, x, base.matmul, directions), update.tangent(x, base.matmul, directions)
+    )
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_rebuilt_weight_gives_autograds_gradients(case: str) -> None:
     quantizer = Affine(bits=4, group_size=32)
@@ -123,11 +180,22 @@ def test_state_dict_round_trip_reproduces_the_update(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_state_loaded_into_an_update_built_from_other_scores_gives_the_same_function(
+    case: str, base: FrozenLinear
+) -> None:
+    update, other = trained(case), make(case, scores_seed=4)
+    other.load_state_dict(update.state_dict())
+    x = torch.randn(5, IN, dtype=torch.float64)
+    assert torch.equal(update(x, base.matmul), other(x, base.matmul))
+    assert torch.equal(update.merge(weight()), other.merge(weight()))
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_low_rank_factors_are_exact(case: str) -> None:
     update = trained(case)
     factors = update.low_rank_factors()
+    assert (factors is None) == (CASES[case][0] in UNBOUNDED_RANK)
     if factors is None:
-        assert case == "dense"
         return
     torch.testing.assert_close(factors.up @ factors.down, (update.merge(weight()) - weight()).detach())
 

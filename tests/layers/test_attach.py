@@ -8,9 +8,17 @@ from qaft.bases.base import LinearSpec
 from qaft.bases.dense import DenseBase
 from qaft.errors import TargetError
 from qaft.layers.adapted import AdaptedLinear
-from qaft.layers.attach import adapted_layers, attach, frozen_layers, load_trainables, trainable_parameters
+from qaft.layers.attach import (
+    adapted_layers,
+    attach,
+    frozen_layers,
+    load_trainables,
+    trainable_parameters,
+    update_buffers,
+)
 from qaft.quant.affine import Affine
 from qaft.updates.dense import DenseDelta
+from qaft.updates.roco import RoCo
 
 
 def model() -> nn.Module:
@@ -55,6 +63,22 @@ def test_trainables_round_trip_and_foreign_ones_are_refused() -> None:
         load_trainables(other, {"b.update.delta": torch.zeros(4, 8)})
     with pytest.raises(TargetError, match="saved shape"):
         load_trainables(other, {"a.update.delta": torch.zeros(4, 4)})
+
+
+def test_the_rows_that_an_update_trains_are_saved_and_loaded_with_its_parameters() -> None:
+    def rows_of(seed: int) -> nn.Module:
+        net = model()
+        spec = LinearSpec(name="a", out_features=4, in_features=8, seed=seed)
+        attach(net, ["a"], lambda _, base: AdaptedLinear(base, RoCo(spec, rows=2, columns=1, choose="random")))
+        return net
+
+    net, other = rows_of(0), rows_of(1)
+    assert list(update_buffers(net)) == ["a.update.rows", "a.update.columns"]
+    assert not torch.equal(net["a"].update.rows, other["a"].update.rows)
+    load_trainables(other, {**trainable_parameters(net), **update_buffers(net)})
+    assert torch.equal(net["a"].update.rows, other["a"].update.rows)
+    with pytest.raises(TargetError, match=r"1 names differ, first 'a\.update\.rows'"):
+        load_trainables(other, {**trainable_parameters(net), "a.update.columns": net["a"].update.columns})
 
 
 def test_qat_weight_is_the_dequantized_codes_in_the_model_dtype() -> None:

@@ -1,0 +1,107 @@
+"""SIFT: a few entries of the weight, those with the largest gradient.
+
+    W = W0 + c scatter(places, v)                     (SIFT, arXiv 2312.11875, section 3; c = spec.input_scale)
+
+The values are ordinary parameters, so that any optimizer steps them as it would step the masked dense weight, and
+nothing of the size of the weight outlives a product: the change is scattered in the forward pass, and again in the
+backward pass, where v's gradient is gathered from g^T x.
+
+Shapes: O = out_features, I = in_features, n places of w consecutive entries.  v [n, w].
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qaft.bases.base import LinearSpec, Matmul
+from qaft.bases.rebuilt import rebuilt_linear
+from qaft.updates.base import Update
+from qaft.updates.entries import WIDTHS, EntryChoice
+
+CHOICES = ("gradient", "magnitude", "random")
+
+
+class Sift(Update):
+    """``y = W0 x + c D x`` with a sparse D; about rate * O * I trainables, and only ``x`` is kept for backward.
+
+    Args:
+        spec: the layer to adapt.
+        rate: fraction of the entries that is trained.
+        entries: ``entry``, or ``block64`` for whole blocks of a quantized base.
+        choose: by ``gradient`` (back-propagation over a few batches), ``magnitude`` of the base weight, or ``random``.
+
+    Raises:
+        ValueError: rate is not in (0, 1], an option is unknown, blocks do not divide I, or the choice is missing.
+    """
+
+    formula = "W0 + c scatter(places, v)"
+    source = "SIFT, arXiv 2312.11875"
+
+    places: Tensor
+
+    @classmethod
+    def entry_choice(cls, **options: object) -> EntryChoice:
+        """Return how many entries are wanted, in what blocks, and by which score."""
+        rate, entries = options.get("rate", 0.01), options.get("entries", "entry")
+        by = options.get("choose", "gradient")
+        if not isinstance(rate, int | float) or not 0 < rate <= 1:
+            raise ValueError(f"rate={rate} must be above 0 and at most 1; try rate: 0.01")
+        if entries not in WIDTHS:
+            raise ValueError(f"entries={entries!r} must be one of {', '.join(WIDTHS)}")
+        if by not in CHOICES:
+            raise ValueError(f"choose={by!r} must be one of {', '.join(CHOICES)}")
+        return EntryChoice(rate=float(rate), width=WIDTHS[str(entries)], by=str(by))
+
+    def __init__(
+        self, spec: LinearSpec, *, rate: float = 0.01, entries: str = "entry", choose: str = "gradient"
+    ) -> None:
+        super().__init__()
+        try:
+            choice = self.entry_choice(rate=rate, entries=entries, choose=choose)
+        except ValueError as error:
+            raise ValueError(f"{spec.name}: {error}") from error
+        if spec.in_features % choice.width:
+            raise ValueError(
+                f"{spec.name}: entries={entries!r} needs input features divisible by {choice.width}, not "
+                f"{spec.in_features}; use entries: entry"
+            )
+        self.scale = spec.input_scale
+        self.out_features, self.in_features = spec.out_features, spec.in_features
+        self.register_buffer("places", _places(spec, choice))
+        self.values = nn.Parameter(torch.zeros(self.places.numel(), choice.width, dtype=spec.dtype))
+
+    def _change(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return ``c D`` with the given values, [O, I]."""
+        width = values.shape[1]
+        change = torch.zeros(self.out_features * self.in_features // width, width, dtype=dtype, device=values.device)
+        change = change.index_add(0, self.places, (self.scale * values).to(dtype))
+        return change.view(self.out_features, self.in_features)
+
+    def forward(self, x: Tensor, base: Matmul) -> Tensor:
+        """Return the updated output, [..., I] -> [..., O]."""
+        return base(x) + rebuilt_linear(x, lambda: self._change(self.values, x.dtype), None, self.values)
+
+    def tangent(self, x: Tensor, base: Matmul, directions: Mapping[str, Tensor]) -> Tensor:
+        """Return ``c scatter(z) x``, [..., I] -> [..., O]."""
+        return F.linear(x, self._change(directions["values"], x.dtype))
+
+    def merge(self, weight: Tensor) -> Tensor:
+        """Return the weight with the values added at their places, [O, I]."""
+        flat = weight.reshape(-1, self.values.shape[1])
+        return flat.index_add(0, self.places, (self.scale * self.values).to(weight.dtype)).view(weight.shape)
+
+
+def _places(spec: LinearSpec, choice: EntryChoice) -> Tensor:
+    numel = spec.out_features * spec.in_features
+    if choice.by == "random":
+        return choice.random(numel, torch.Generator().manual_seed(spec.seed ^ zlib.crc32(spec.name.encode())))
+    if spec.places is None:
+        raise ValueError(f"{spec.name}: choose={choice.by!r} needs the entries of a selection pass; use random without")
+    if spec.places.numel() != choice.count(numel):
+        raise ValueError(f"{spec.name}: {spec.places.numel()} places were selected, must be {choice.count(numel)}")
+    return spec.places.int()
