@@ -1,59 +1,52 @@
-"""The composition root: Recipe -> Run. The only module that sees every part; the parts never see each other.
+"""The composition root: Recipe -> Run. It sees every part of the model; the parts never see each other.
 
-checkpoint -> load_model (stream, rotate, quantize) -> select -> attach(base, update, quantizer) -> train -> export
+checkpoint -> load_model (stream, rotate, quantize) -> select -> attach(base, update, quantizer)
 """
 
 from __future__ import annotations
 
-import json
 import os
-import platform
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from qaft.arch import FAMILIES, arch_of, heads_of
 from qaft.bases.base import FrozenLinear, LinearSpec
-from qaft.data import check_isolation, load_samples
-from qaft.data.batches import Batch, EvalBatches, TrainBatches
+from qaft.data.loaders import train_batches
 from qaft.errors import RecipeError, TrainingError
 from qaft.gradients import SOURCES
 from qaft.layers.adapted import AdaptedLinear
-from qaft.layers.attach import attach, frozen_layers, load_trainables, trainable_parameters
+from qaft.layers.attach import attach, frozen_layers, load_trainables
 from qaft.models.load import LoadedModel, linear_names, load_model
-from qaft.models.source import CheckpointSource, open_source
+from qaft.models.online import put_online
+from qaft.models.sharing import Sharing, shared_source
 from qaft.quant import build_quantizer
-from qaft.recipe import RUN_RECIPE, KindSection, Recipe, load_recipe, save_recipe
+from qaft.recipe import RUN_RECIPE, Recipe, load_recipe
 from qaft.registry import build_from, check_options, lookup
-from qaft.regularizers import REGULARIZERS, Regularizer
+from qaft.regularizers import REGULARIZERS
+from qaft.rotations import cache_quantizer, choice_of, input_quantizer, with_rotations
+from qaft.sections import KindSection
 from qaft.selection import SELECTORS
 from qaft.selection.capture import LayerScores, capture_scores
+from qaft.selection.gradients import largest_gradients
 from qaft.train.checkpoint import latest_checkpoint, read_checkpoint
-from qaft.train.console import make_console
-from qaft.train.engine import AccelerateEngine
-from qaft.train.groups import param_groups
-from qaft.train.log import RunLog
 from qaft.train.loss import CausalLoss
-from qaft.train.objective import Objective, model_inputs
-from qaft.train.optimizers import make_optimizer
-from qaft.train.run import TrainRun
-from qaft.train.schedules import make_scheduler
+from qaft.train.objective import model_inputs
 from qaft.updates import UPDATES
+from qaft.updates.entries import EntryChoice
 
 CALIBRATION_BATCHES = 16
 """Micro-batches for scores of rows and columns; RoCoFT uses about 200 samples."""
 
-
-FP16_LOSS_SCALE = 1024.0
-"""Keeps the gradients inside an fp16 model away from underflow; a power of two is exact in the fp32 ones."""
+GRADIENT_BATCHES = 8
+"""Micro-batches over which gradients are summed to choose entries; SIFT takes those of one optimizer step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,25 +90,20 @@ def check_recipe(recipe: Recipe) -> None:
     ]
     for where, registry, section in parts:
         check_options(lookup(registry, section.kind, where=where), section.options, where=where)
+    _entry_choice(recipe)
 
 
-def recipe_source(recipe: Recipe) -> CheckpointSource:
-    """Return the base checkpoint of a recipe.
-
-    Raises:
-        ModelError: it cannot be found or read.
-    """
-    model = recipe.model
-    return open_source(
-        model.name,
-        revision=model.revision,
-        dtype=getattr(torch, model.dtype),
-        trust_remote_code=model.trust_remote_code,
-    )
-
-
-def build_run(recipe: Recipe, *, device: torch.device | None = None) -> Run:
+def build_run(
+    recipe: Recipe, *, device: torch.device | None = None, calibrate: bool = True, share: bool = False
+) -> Run:
     """Load the base model and put the recipe's updates into it; parameters are at their start.
+
+    Args:
+        recipe: what to build.
+        device: where; default: ``default_device()``.
+        calibrate: choose rows and columns by scores on ``data.train`` where the update wants them. Without, these
+            choices are arbitrary: only for a run whose trainables are loaded from a checkpoint, which holds them.
+        share: rank 0 of the job reads, quantizes and chooses, the others receive; collective.
 
     Raises:
         RecipeError: an option is wrong, or a pattern matches no layer.
@@ -123,33 +111,74 @@ def build_run(recipe: Recipe, *, device: torch.device | None = None) -> Run:
     """
     check_recipe(recipe)
     device = device or default_device()
-    source = recipe_source(recipe)
+    sharing = Sharing(device, active=share)
+    source = shared_source(recipe.model, sharing)
     selector = build_from(SELECTORS, recipe.select.kind, recipe.select.options, where="select")
     selected = selector(linear_names(source.config, trust_remote_code=recipe.model.trust_remote_code))
     chosen = frozenset(selected)
+    recipe = sharing.value(lambda: with_rotations(recipe, source, chosen, device))
     loaded = load_model(
         recipe.model,
         qat=recipe.qat,
+        source=source,
+        choice=choice_of(recipe, source),
         latent=lambda name: recipe.qat is not None and name in chosen,
         adapted=lambda name: name in chosen,
         device=device,
         seed=recipe.train.seed,
+        share=share,
     )
-    scores = _scores(recipe, loaded, selected)
-    layers = attach(loaded.model, selected, _adapter(recipe, loaded, scores))
+    scores = sharing.value(lambda: _scores(recipe, loaded, selected, calibrate=calibrate))
+    places = _places(recipe, loaded, selected, sharing, calibrate=calibrate)
+    layers = attach(loaded.model, selected, _adapter(recipe, loaded, scores, places))
+    _tie(recipe, loaded, layers)
+    _put_online(recipe, loaded)
     loaded.model.to(device)  # pyright: ignore[reportArgumentType]
     if recipe.train.gradient_checkpointing:
         _checkpoint_activations(loaded)
     return Run(recipe=recipe, loaded=loaded, layers=layers, device=device)
 
 
+def _tie(recipe: Recipe, loaded: LoadedModel, layers: Mapping[str, AdaptedLinear]) -> None:
+    """Let updates of layers that read the same norm share parameters, where the update's options say so.
+
+    Raises:
+        RecipeError: of the layers that read a norm only some are trained.
+    """
+    if not _is_tied(recipe):
+        return
+    for norm, readers in arch_of(loaded.source.config).readers():
+        trained = [name for name in readers if name in layers]
+        if trained and len(trained) < len(readers):
+            raise RecipeError(
+                f"update.tie: {', '.join(trained)} cannot share the scaling of {norm} without "
+                f"{', '.join(sorted(set(readers) - set(trained)))}, which it would scale too; add these to "
+                "select.targets, or set update.tie to false"
+            )
+        for name in trained[1:]:
+            layers[name].update.tie_to(layers[trained[0]].update)
+
+
+def _is_tied(recipe: Recipe) -> bool:
+    return lookup(UPDATES, recipe.update.kind, where="update").is_tied(**recipe.update.options)
+
+
+def _put_online(recipe: Recipe, loaded: LoadedModel) -> None:
+    """Put in what the recipe does to activations: online rotations and the quantizers of inputs and of the KV cache."""
+    if recipe.qat is None:
+        return
+    inputs, cache = input_quantizer(recipe.qat), cache_quantizer(recipe.qat, loaded.source.config)
+    choice = choice_of(recipe, loaded.source)
+    if inputs is not None or cache is not None or (choice is not None and choice.online):
+        put_online(loaded.model, arch_of(loaded.source.config), choice, inputs=inputs, cache=cache)
+
+
 def _folded_scales(loaded: LoadedModel) -> dict[str, float]:
     """Return the root mean square of the norm weight that is folded into each linear layer."""
-    if loaded.fusion is None:
-        return {}
-    readers = arch_of(loaded.source.config).readers()
-    rms = {norm: float(loaded.norms[f"{norm}.weight"].float().pow(2).mean().sqrt()) for norm, _ in readers}
-    return {name: rms[norm] for norm, names in readers for name in names}
+    fusion = loaded.fusion
+    places = {} if fusion is None else fusion.places
+    gammas = {name: fusion.gamma(place, loaded.originals) for name, place in places.items() if fusion is not None}
+    return {name: float(gamma.pow(2).mean().sqrt()) for name, gamma in gammas.items() if gamma is not None}
 
 
 def _checkpoint_activations(loaded: LoadedModel) -> None:
@@ -159,12 +188,16 @@ def _checkpoint_activations(loaded: LoadedModel) -> None:
         loaded.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def _adapter(recipe: Recipe, loaded: LoadedModel, scores: Mapping[str, LayerScores]) -> Any:
+def _adapter(
+    recipe: Recipe, loaded: LoadedModel, scores: Mapping[str, LayerScores], places: Mapping[str, Tensor]
+) -> Any:
     config = loaded.source.config
     folded = _folded_scales(loaded)
     dtype = getattr(torch, recipe.model.dtype)
     quantizer = None if recipe.qat is None else build_quantizer(recipe.qat.weights, scale_dtype=dtype)
     known = config.model_type in FAMILIES
+    readers = arch_of(config).readers() if _is_tied(recipe) else ()
+    norms = {name: norm for norm, names in readers for name in names}
 
     def adapt(name: str, base: FrozenLinear) -> AdaptedLinear:
         score = scores.get(name)
@@ -176,6 +209,8 @@ def _adapter(recipe: Recipe, loaded: LoadedModel, scores: Mapping[str, LayerScor
             num_heads=heads_of(config, name) if known else None,
             row_scores=score.rows if score else None,
             column_scores=score.columns if score else None,
+            places=places.get(name),
+            reads=norms.get(name),
             input_scale=folded.get(name, 1.0),
             seed=recipe.train.seed,
         )
@@ -185,120 +220,63 @@ def _adapter(recipe: Recipe, loaded: LoadedModel, scores: Mapping[str, LayerScor
     return adapt
 
 
-def _scores(recipe: Recipe, loaded: LoadedModel, selected: tuple[str, ...]) -> dict[str, LayerScores]:
+def _scores(
+    recipe: Recipe, loaded: LoadedModel, selected: tuple[str, ...], *, calibrate: bool
+) -> dict[str, LayerScores]:
     cls = lookup(UPDATES, recipe.update.kind, where="update")
     if not cls.wants_scores(**recipe.update.options):
         return {}
-    batches = islice(_train_batches(recipe, loaded, rank=0, world_size=1).from_step(0), CALIBRATION_BATCHES)
-    layers = {name: layer for name, layer in frozen_layers(loaded.model).items() if name in set(selected)}
+    layers = _selected_layers(loaded, selected)
+    if not calibrate:
+        return {n: LayerScores(torch.zeros(m.out_features), torch.zeros(m.in_features)) for n, m in layers.items()}
+    return capture_scores(layers, _calibration_batches(recipe, loaded, CALIBRATION_BATCHES), _loss_on(loaded))
+
+
+def _places(
+    recipe: Recipe, loaded: LoadedModel, selected: tuple[str, ...], sharing: Sharing, *, calibrate: bool
+) -> dict[str, Tensor]:
+    """Return the entries of each selected weight that the update trains, where it wants them chosen."""
+    choice = _entry_choice(recipe)
+    if choice is None or choice.by == "random":
+        return {}
+    layers = _selected_layers(loaded, selected)
+    if not calibrate:
+        counts = {n: choice.count(m.out_features * m.in_features) for n, m in layers.items()}
+        return {n: torch.arange(count, dtype=torch.int32) for n, count in counts.items()}
+    chosen: dict[str, Tensor] = {}
+
+    def choose() -> None:
+        if choice.by == "magnitude":
+            chosen.update({n: choice.largest(m.dequantize()) for n, m in layers.items()})
+            return
+        loaded.model.requires_grad_(False)
+        batches = partial(_calibration_batches, recipe, loaded, GRADIENT_BATCHES)
+        chosen.update(largest_gradients(layers, choice, batches, _loss_on(loaded)))
+
+    sharing.value(choose)
+    return {name: sharing.tensor(lambda name=name: chosen[name]).cpu() for name in layers}
+
+
+def _entry_choice(recipe: Recipe) -> EntryChoice | None:
+    try:
+        return lookup(UPDATES, recipe.update.kind, where="update").entry_choice(**recipe.update.options)
+    except ValueError as error:
+        raise RecipeError(f"update: {error}") from error
+
+
+def _selected_layers(loaded: LoadedModel, selected: tuple[str, ...]) -> dict[str, FrozenLinear]:
+    return {name: layer for name, layer in frozen_layers(loaded.model).items() if name in set(selected)}
+
+
+def _calibration_batches(recipe: Recipe, loaded: LoadedModel, count: int) -> Iterator[Any]:
+    return islice(train_batches(recipe.data, recipe.train, loaded.tokenizer).from_step(0), count)
+
+
+def _loss_on(loaded: LoadedModel) -> Callable[[Any], Tensor]:
+    """Return the loss of the model on a batch."""
     loss = CausalLoss(loaded.model)
     device = next(loaded.model.parameters()).device
-
-    def run(batch: Any) -> Tensor:
-        return loss(**{k: v.to(device) for k, v in model_inputs(batch).items() if v is not None})
-
-    return capture_scores(layers, batches, run)
-
-
-def _train_batches(recipe: Recipe, loaded: LoadedModel, *, rank: int, world_size: int) -> TrainBatches:
-    return TrainBatches(
-        load_samples(recipe.data, loaded.tokenizer, "train").samples,
-        max_length=recipe.data.max_length,
-        batch_size=recipe.train.batch_size,
-        grad_accumulation=recipe.train.grad_accumulation,
-        steps=recipe.train.steps,
-        packing=recipe.data.packing,
-        seed=recipe.train.seed,
-        rank=rank,
-        world_size=world_size,
-        pad_id=pad_id_of(loaded.tokenizer),
-    )
-
-
-def pad_id_of(tokenizer: Any) -> int:
-    """Return an id for padding; any would do, because padding is masked by position and never by id."""
-    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-
-
-def prepare_training(run: Run, *, console: Console | None = None) -> TrainRun:
-    """Return what ``fit`` needs: data, engine, optimizer, schedule and log of a built run; writes the resolved recipe.
-
-    Raises:
-        RecipeError: the recipe has no training data, or an option does not fit.
-        DataError: the data cannot be read.
-    """
-    recipe, model = run.recipe, run.loaded.model
-    if recipe.data.train is None:
-        raise RecipeError("data.train is required for training; give a file or a hub id")
-    if recipe.data.packing:
-        check_isolation(model, vocab_size=model.config.get_text_config().vocab_size)
-    folder = run.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    params = trainable_parameters(model)
-    optimizer = make_optimizer(param_groups(params.items(), recipe.optim), recipe.optim, run.device)
-    loss = CausalLoss(model)
-    loss.verify_head()
-    engine = AccelerateEngine(
-        loss,
-        optimizer,
-        accumulation=recipe.train.grad_accumulation,
-        clip=recipe.optim.clip,
-        loss_scale=FP16_LOSS_SCALE if recipe.model.dtype == "float16" else 1.0,
-        report_to=recipe.train.report_to,
-        folder=folder,
-        cpu=run.device.type == "cpu",
-    )
-    batches = _train_batches(recipe, run.loaded, rank=engine.rank, world_size=engine.world_size)
-    if engine.rank == 0:
-        save_recipe(recipe, folder)
-        (folder / "env.json").write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
-    if recipe.train.report_to:
-        engine.start_trackers(folder.name, recipe.dump())
-    return TrainRun(
-        recipe=recipe,
-        engine=engine,
-        objective=Objective(_regularizers(run), run.layers),
-        source=build_from(SOURCES, recipe.gradient.kind, recipe.gradient.options, where="gradient"),
-        params=params,
-        optimizer=optimizer,
-        scheduler=make_scheduler(optimizer, recipe.optim, recipe.train.steps),
-        batches=batches,
-        eval_batches=_eval_batches(run, engine),
-        log=RunLog(
-            folder,
-            total_steps=recipe.train.steps,
-            device=engine.device,
-            console=None if console is None else make_console(engine.device, console),
-            is_main=engine.rank == 0,
-            track=engine.track if recipe.train.report_to else None,
-        ),
-        folder=folder,
-    )
-
-
-def _regularizers(run: Run) -> list[Regularizer]:
-    terms = []
-    for i, section in enumerate(run.recipe.regularize):
-        term = build_from(REGULARIZERS, section.kind, section.options, where=f"regularize[{i}]")
-        term.prepare(run.layers)
-        terms.append(term)
-    return terms
-
-
-def _eval_batches(run: Run, engine: AccelerateEngine) -> Iterable[Batch] | None:
-    recipe = run.recipe
-    if recipe.data.valid is None:
-        return None
-    batches = EvalBatches(
-        load_samples(recipe.data, run.loaded.tokenizer, "valid").samples,
-        max_length=recipe.data.max_length,
-        batch_size=recipe.train.batch_size,
-        rank=engine.rank,
-        world_size=engine.world_size,
-        pad_id=pad_id_of(run.loaded.tokenizer),
-    )
-    limit = recipe.train.eval_batches
-    return batches if limit is None else list(islice(batches, limit))
+    return lambda batch: loss(**{k: v.to(device) for k, v in model_inputs(batch).items() if v is not None})
 
 
 def restore_run(folder: str | Path, *, device: torch.device | None = None) -> Run:
@@ -315,18 +293,6 @@ def restore_run(folder: str | Path, *, device: torch.device | None = None) -> Ru
     checkpoint = latest_checkpoint(folder)
     if checkpoint is None:
         raise TrainingError(f"{folder}: no good checkpoint; train it first, or continue it with train.resume=true")
-    run = build_run(recipe, device=device)
+    run = build_run(recipe, device=device, calibrate=False)
     load_trainables(run.loaded.model, read_checkpoint(checkpoint).trainables)
     return run
-
-
-def environment() -> dict[str, Any]:
-    """Return versions and hardware, for ``env.json``."""
-    packages = ("qaft", "torch", "transformers", "bitsandbytes", "accelerate", "safetensors", "compressed-tensors")
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": {name: version(name) for name in packages},
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "cpu_threads": torch.get_num_threads(),
-    }

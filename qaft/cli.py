@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qaft.errors import QaftError
+from qaft.ranks import join_launcher, lost_peer, rank, wait_for_launcher, world_size
 
 if TYPE_CHECKING:
     from qaft.recipe import Recipe
@@ -32,30 +33,38 @@ LISTS = ("updates", "quantizers", "rotations", "selectors", "sources", "regulari
 
 
 def overrides_from(arguments: list[str]) -> list[str]:
-    """Return ``key=value`` for each of ``key=value``, ``--key=value``, ``--key value``; launcher flags are dropped."""
+    """Return ``key=value`` for each of ``key=value``, ``--key=value``, ``--key value``."""
     result: list[str] = []
     pending = list(arguments)
     while pending:
         text = pending.pop(0)
         if text.startswith("--") and "=" not in text and pending and not pending[0].startswith("--"):
             text = f"{text}={pending.pop(0)}"
-        # The deepspeed launcher injects --local_rank; the environment says the same.
-        if not text.startswith("--local_rank"):
-            result.append(text)
+        result.append(text)
     return result
 
 
-def _load(path: Path, context: typer.Context) -> Recipe:
+def _load(path: Path, context: typer.Context, *more: str) -> Recipe:
     # Before torch is imported: a mistake in a recipe is answered at once.
     from qaft.recipe import load_recipe
 
-    return load_recipe(path, overrides_from(context.args))
+    return load_recipe(path, [*overrides_from(context.args), *more])
 
 
 @app.command(context_settings=OVERRIDES)
-def train(context: typer.Context, recipe: RecipePath, debug: Debug = False) -> None:
+def train(
+    context: typer.Context,
+    recipe: RecipePath,
+    deepspeed: Annotated[str | None, typer.Option(help="train.deepspeed: zero2, zero3_offload, ..., or a file")] = None,
+    # What launchers put before the arguments; most of them say the same in the environment.
+    local_rank: Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)] = None,
+    debug: Debug = False,
+) -> None:
     """Train RECIPE [key=value ...], then write its exports."""
-    resolved = _load(recipe, context)
+    if local_rank is not None and "WORLD_SIZE" in os.environ:
+        os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    join_launcher()
+    resolved = _load(recipe, context, *([] if deepspeed is None else [f"train.deepspeed={deepspeed}"]))
     from qaft.commands.train import train_and_export
 
     train_and_export(resolved)
@@ -68,6 +77,36 @@ def data(context: typer.Context, recipe: RecipePath, samples: int = 3, debug: De
     from qaft.commands.data import show_data
 
     show_data(resolved, samples=samples)
+
+
+@app.command(context_settings=OVERRIDES)
+def rotate(
+    context: typer.Context,
+    recipe: RecipePath,
+    out: Annotated[Path | None, typer.Option(help="folder of rotations.json and .png; default: train.output")] = None,
+    debug: Debug = False,
+) -> None:
+    """Measure quantization errors with and without each rotation, layer by layer, and print which to use."""
+    resolved = _load(recipe, context)
+    from rich.console import Console
+
+    from qaft.commands.rotate import measure_recipe
+
+    measure_recipe(resolved, Console(), out=out)
+
+
+@app.command(context_settings=OVERRIDES)
+def plan(
+    context: typer.Context,
+    recipe: RecipePath,
+    world: Annotated[int, typer.Option(min=1, help="processes that train together")] = 1,
+    debug: Debug = False,
+) -> None:
+    """Show the memory of each process under every DeepSpeed configuration, from shapes alone."""
+    resolved = _load(recipe, context)
+    from qaft.commands.plan import print_plan
+
+    print_plan(resolved, world_size=world)
 
 
 @app.command(name="eval", context_settings=OVERRIDES)
@@ -131,6 +170,22 @@ def diff(
 
 
 @app.command()
+def replay(
+    journal: Annotated[Path, typer.Argument(help="journal.jsonl, or the run folder that holds it")],
+    base: Annotated[str, typer.Option(help="folder or id of the base model")],
+    out: Annotated[Path, typer.Option(help="new run folder")],
+    until: Annotated[int | None, typer.Option(help="steps; default: all")] = None,
+    snapshot: Annotated[Path | None, typer.Option(help="checkpoint to begin from")] = None,
+    shuffle: Annotated[int | None, typer.Option(help="seed: permute the scalars, as a control")] = None,
+    debug: Debug = False,
+) -> None:
+    """Rebuild what a zeroth-order run has trained from its journal, bit for bit, without data."""
+    from qaft.commands.replay import replay_journal
+
+    replay_journal(journal, base=base, out=out, until=until, snapshot=snapshot, shuffle=shuffle)
+
+
+@app.command()
 def chat(
     model: Annotated[str, typer.Argument(help="run folder, exported folder, base checkpoint or id")],
     max_new_tokens: int = 256,
@@ -168,10 +223,12 @@ def main(arguments: list[str] | None = None) -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         app(args=arguments)
-    except (QaftError, OSError, MemoryError) as error:
-        if "--debug" in arguments:
+    except Exception as error:
+        wait_for_launcher(error)
+        if "--debug" in arguments or not (isinstance(error, (QaftError, OSError, MemoryError)) or lost_peer(error)):
             raise
-        print(f"{type(error).__name__}: {describe(error)}", file=sys.stderr)
+        where = f"rank {rank()}: " if world_size() > 1 else ""
+        print(f"{where}{type(error).__name__}: {describe(error)}", file=sys.stderr)
         raise SystemExit(getattr(error, "exit_code", 1)) from None
 
 
@@ -181,4 +238,5 @@ def describe(error: Exception) -> str:
         return (
             f"the disk is full ({error.filename or 'while writing'}); free space and run again: saved files are intact"
         )
-    return " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    return f"lost another rank of the job, whose own message says why ({text})" if lost_peer(error) else text

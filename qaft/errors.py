@@ -40,6 +40,10 @@ class TrainingError(QaftError):
     """Training cannot go on (a loss that is not finite, a checkpoint that fails its own check)."""
 
 
+class OutOfMemoryError(QaftError):
+    """The device or the host has no memory left; the message names what was tried and what takes less."""
+
+
 class ExportError(QaftError):
     """An export cannot be written, or is refused because it would not be the trained model."""
 

@@ -180,9 +180,9 @@ def test_a_base_model_that_computes_no_numbers_is_refused_before_training(
 
 
 def test_an_unknown_family_is_refused_for_rotations_only(cli: Cli, recipe: Path, tmp_path: Path) -> None:
-    model = write_checkpoint(tmp_path / "model", family="gpt_neox", dtype=torch.float32)
-    overrides = [f"model.name={model}", "select.targets=[query_key_value]", f"train.output={tmp_path / 'run'}"]
-    refused(cli("train", recipe, *overrides), 1, "'gpt_neox'", "llama, mistral, qwen2, qwen3")
+    model = write_checkpoint(tmp_path / "model", family="stablelm", dtype=torch.float32)
+    overrides = [f"model.name={model}", "select.targets=[q_proj]", f"train.output={tmp_path / 'run'}"]
+    refused(cli("train", recipe, *overrides), 1, "'stablelm'", "gpt_neox, llama, mistral, opt")
     assert not (tmp_path / "run").exists()
     adapter = ["qat=null", "update.kind=lowrank", "export=[{format: merged, verify: false}]"]
     result = cli("train", recipe, *overrides, *adapter)
@@ -256,7 +256,7 @@ def test_answers_that_need_no_model_come_without_torch(arguments: list[str]) -> 
 
 def test_launchers_may_inject_their_rank(recipe: Path, tmp_path: Path) -> None:
     output = f"train.output={tmp_path / 'run'}"
-    command = [sys.executable, "launch/train.py", str(recipe), "--local_rank=0", output, "--train.steps", "1", "export=[]"]  # fmt: skip
+    command = [sys.executable, "launch/train.py", "--local_rank=0", str(recipe), output, "--train.steps", "1", "export=[]"]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
     assert result.returncode == 0, result.stderr

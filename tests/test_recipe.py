@@ -51,6 +51,16 @@ export:   [{format: merged}, {format: compressed-tensors}]
         ({**MINIMAL, "train": {"steps": "many"}}, ["train.steps='many'", "integer"]),
         ({**MINIMAL, "qat": {"weights": {"bits": 9}}}, ["qat.weights.bits=9"]),
         ({**MINIMAL, "qat": {"weights": {"group_size": 3}}}, ["group_size=3"]),
+        ({**MINIMAL, "qat": {"weights": {"kind": "mxfp4", "group_size": 16}}}, ["group_size=16 must be 32", "mxfp4"]),
+        ({**MINIMAL, "qat": {"weights": {"kind": "nf4", "bits": 3}}}, ["bits=3 must be 4 for kind nf4"]),
+        ({**MINIMAL, "qat": {"weights": {"kind": "q4_0", "range": "mse"}}}, ["range=mse must be absmax for kind q4_0"]),
+        ({**MINIMAL, "qat": {"weights": {"kind": "nf4", "symmetric": False}}}, ["symmetric=False must be True"]),
+        ({**MINIMAL, "qat": {"weights": {"range": "rms", "clip": 0.9}}}, ["clip=0.9 applies to range absmax"]),
+        ({**MINIMAL, "qat": {"weights": {"range": "rms", "symmetric": False}}}, ["range=rms is for symmetric grids"]),
+        ({**MINIMAL, "qat": {"weights": {"ste": "none"}}}, ["qat.weights.ste='none'", "clamp"]),
+        ({**MINIMAL, "qat": {"activations": {"bits": 6}}}, ["qat.activations.bits=6", "4 or 8"]),
+        ({**MINIMAL, "qat": {"kv_cache": {"bits": 8}}}, ["bits=8 must be 4 for function vllm", "roste"]),
+        ({**MINIMAL, "qat": {"kv_cache": {"clip": 0.95}}}, ["clip=0.95 must be 1 for function vllm"]),
         ({}, ["model is required"]),
         ([], ["must be a mapping"]),
     ],
@@ -72,8 +82,12 @@ ROWS = {
         "model": {"name": "m", "storage": "int4"},
         "export": [{"format": "compressed-tensors"}],
     },
-    "code-book grid x compressed-tensors export": {
+    "grid other than int x compressed-tensors export": {
         "qat": {"weights": {"kind": "nf4"}},
+        "export": [{"format": "compressed-tensors"}],
+    },
+    "quantized activations x compressed-tensors export": {
+        "qat": {"activations": {"bits": 8}},
         "export": [{"format": "compressed-tensors"}],
     },
     "unpackable bit width x compressed-tensors export": {
@@ -85,10 +99,43 @@ ROWS = {
         "qat": {"weights": {"bits": 4, "symmetric": False}},
         "export": [{"format": "compressed-tensors"}],
     },
-    "int4 storage x code-book grid": {"model": {"name": "m", "storage": "int4"}, "qat": {"weights": {"kind": "nf4"}}},
+    "int4 storage x grid other than int": {
+        "model": {"name": "m", "storage": "int4"},
+        "qat": {"weights": {"kind": "nf4"}},
+    },
     "int4 storage x another bit width": {"model": {"name": "m", "storage": "int4"}, "qat": {"weights": {"bits": 3}}},
-    "dense update x peft export": {"update": {"kind": "dense"}, "export": [{"format": "peft"}]},
+    "zeroth-order source x ZeRO 1 to 3": {"gradient": {"kind": "lozo"}, "train": {"deepspeed": "zero3"}},
+    "lozo x update other than bank": {"gradient": {"kind": "lozo_m"}, "update": {"kind": "lowrank"}},
+    "growing LOZO x too few blocks": {
+        "gradient": {"kind": "lozo", "policy": "growing", "interval": 10},
+        "update": {"kind": "bank", "blocks": 9},
+        "train": {"steps": 91},
+    },
+    "zeroth-order source x regularize": {"gradient": {"kind": "spsa"}, "regularize": [{"kind": "proximal"}]},
+    "optimizer that is not element by element x ZeRO 1 to 3": {
+        "optim": {"name": "adafactor"},
+        "train": {"deepspeed": "zero1"},
+    },
+    "16-bit trained parameters x ZeRO 1 to 3": {"train": {"param_dtype": "bfloat16", "deepspeed": "zero2"}},
+    "kl with teacher fp x no qat": {"regularize": [{"kind": "kl", "teacher": "fp"}]},
+    "pace x packing": {"regularize": [{"kind": "pace"}]},
+    "pace x gradient checkpointing": {
+        "regularize": [{"kind": "pace"}],
+        "data": {"packing": False},
+        "train": {"gradient_checkpointing": True},
+    },
+    "mpc x update without two trained factors": {"regularize": [{"kind": "mpc"}], "update": {"kind": "ssb"}},
+    "mpc x ZeRO 3": {"regularize": [{"kind": "mpc"}], "train": {"deepspeed": "zero3"}},
+    "proximal x ZeRO 1 to 3": {"regularize": [{"kind": "proximal"}], "train": {"deepspeed": "zero1"}},
+    "update of any rank x peft export": {"update": {"kind": "ssb"}, "export": [{"format": "peft"}]},
+    "tied scalings x zeroth-order source": {"update": {"kind": "ssb", "tie": True}, "gradient": {"kind": "spsa"}},
+    "entries chosen by gradient x zeroth-order source": {"update": {"kind": "sift"}, "gradient": {"kind": "spsa"}},
     "double quantization x storage without block scales": {"model": {"name": "m", "double_quant": True}},
+    "simulation target x export": {"qat": {"target": "simulation"}, "export": [{"format": "merged"}]},
+    "online rotation of down x export": {
+        "qat": {"target": "vllm", "activations": {"bits": 8}},
+        "export": [{"format": "merged"}],
+    },
 }
 
 
@@ -163,8 +210,8 @@ def test_overriding_through_a_value_is_refused() -> None:
         apply_overrides(MINIMAL, ["model.name.x=1"])
 
 
-def test_both_spellings_of_overrides_and_launcher_flags() -> None:
-    given = ["train.steps=3", "--optim.lr", "1e-3", "--local_rank=1", "--data.limit=5"]
+def test_both_spellings_of_overrides() -> None:
+    given = ["train.steps=3", "--optim.lr", "1e-3", "--data.limit=5"]
     assert overrides_from(given) == ["train.steps=3", "--optim.lr=1e-3", "--data.limit=5"]
 
 

@@ -11,7 +11,7 @@ from qaft.bases.affine import AffineBase
 from qaft.bases.base import FrozenLinear, LinearSpec, Matmul
 from qaft.bases.dense import DenseBase
 from qaft.quant.affine import Affine
-from qaft.recipe import Storage
+from qaft.sections import Storage
 
 __all__ = [
     "DENSE_STORAGES",

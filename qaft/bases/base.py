@@ -33,6 +33,8 @@ class LinearSpec:
             when the rows are not grouped by head.
         row_scores: [O] importance of each output row, or None when no calibration was run.
         column_scores: [I] importance of each input column, or None.
+        places: the entries that a selection pass has chosen (see ``Update.entry_choice``), or None.
+        reads: the norm whose output this layer multiplies, or None where that is what another linear has written.
         input_scale: the change of the weight is ``input_scale`` times what the parameters say. The root mean square of
             the norm weight that was folded into the input side, 1 where none was: folding shrinks a weight (by 1000 in
             some first layers), and Adam's steps, which ignore the gradient's size, would be that much too large.
@@ -46,6 +48,8 @@ class LinearSpec:
     num_heads: int | None = None
     row_scores: Tensor | None = None
     column_scores: Tensor | None = None
+    places: Tensor | None = None
+    reads: str | None = None
     input_scale: float = 1.0
     seed: int = 0
 

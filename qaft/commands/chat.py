@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
+from qaft.commands.memory import evaluation_memory
 from qaft.commands.open import open_model
 from qaft.evaluate.generation import generate, stop_ids_of
 
@@ -22,7 +23,8 @@ def chat_with(name: str, *, max_new_tokens: int) -> None:
         else:
             # A model without a template continues text: there are no turns to remember.
             ids = tokenizer(text).input_ids
-        (answer,) = generate(opened.model, [ids], max_new_tokens=max_new_tokens, stop_ids=stop)
+        with evaluation_memory("answering", {"max_new_tokens": max_new_tokens}):
+            (answer,) = generate(opened.model, [ids], max_new_tokens=max_new_tokens, stop_ids=stop)
         reply = tokenizer.decode(answer, skip_special_tokens=True)
         turns.append({"role": "assistant", "content": reply})
         console.print(reply, highlight=False, markup=False)

@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from qaft.build import default_device
+from qaft.commands.memory import evaluation_memory
 from qaft.commands.open import open_model
 from qaft.errors import DifferenceError
 from qaft.evaluate.difference import PROMPTS, compare_logits, difference_table, logits_of, prompt_ids, read_prompts
@@ -21,9 +22,12 @@ def diff_models(a: str, b: str, *, prompts: Path | None, gate: float | None) -> 
     texts = PROMPTS if prompts is None else read_prompts(prompts)
     first = open_model(a)
     ids = prompt_ids(first.tokenizer, texts)
-    reference = logits_of(first.model, ids, device=default_device())
+    with evaluation_memory(f"computing logits of {a}", {}):
+        reference = logits_of(first.model, ids, device=default_device())
     del first
-    difference = compare_logits(reference, logits_of(open_model(b).model, ids, device=default_device()))
+    second = open_model(b)
+    with evaluation_memory(f"computing logits of {b}", {}):
+        difference = compare_logits(reference, logits_of(second.model, ids, device=default_device()))
     Console().print(difference_table(difference, a=a, b=b))
     if gate is not None and not difference.max_relative <= gate:
         raise DifferenceError(f"{a} and {b} differ by {difference.max_relative:.3g} relative; the gate is {gate:.3g}")

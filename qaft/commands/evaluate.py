@@ -9,14 +9,16 @@ from typing import Any
 from rich.console import Console
 
 from qaft.build import is_run_folder
+from qaft.commands.memory import evaluation_memory
 from qaft.commands.open import OpenedModel, open_model
 from qaft.data import classification_items, generation_items, load_samples
 from qaft.errors import RecipeError
 from qaft.evaluate.classification import verbalizer_accuracy
 from qaft.evaluate.generation import exact_match
 from qaft.evaluate.perplexity import samples_perplexity
-from qaft.recipe import DataSection, apply_overrides, load_recipe, parse_recipe
+from qaft.recipe import apply_overrides, load_recipe, parse_recipe
 from qaft.registry import suggest
+from qaft.sections import DataSection
 
 
 def _perplexity(opened: OpenedModel, section: DataSection, _: int) -> dict[str, float]:
@@ -83,9 +85,11 @@ def evaluate_model(
     results: dict[str, Any] = {"model": model}
     if section is not None:
         for name in metrics:
-            results |= METRICS[name](opened, section, max_new_tokens)
+            with evaluation_memory(name, {"data.max_length": section.max_length}):
+                results |= METRICS[name](opened, section, max_new_tokens)
     if tasks:
         from qaft.evaluate.harness import harness_results
 
-        results["tasks"] = harness_results(opened.model, opened.tokenizer, tasks, limit=limit)
+        with evaluation_memory("tasks", {}):
+            results["tasks"] = harness_results(opened.model, opened.tokenizer, tasks, limit=limit)
     Console().print_json(json.dumps(results))

@@ -12,13 +12,15 @@ from typing import Any
 from rich.console import Console
 
 from qaft.build import Run, restore_run
+from qaft.commands.memory import evaluation_memory, loading_memory
 from qaft.errors import RecipeError
 from qaft.evaluate.difference import difference_table
 from qaft.export import EXPORTERS, ExportInfo, ExportReport
 from qaft.export.staging import require_free
 from qaft.export.tensors import require_plain_options
-from qaft.recipe import ExportSection, Recipe, parse_recipe
+from qaft.recipe import Recipe, parse_recipe
 from qaft.registry import suggest
+from qaft.sections import ExportSection
 from qaft.train.log import METRICS
 
 
@@ -29,7 +31,8 @@ def export_run_folder(folder: Path, options: Mapping[str, Any]) -> ExportReport:
         RecipeError: an option or the format is wrong, or the format cannot hold this run.
         ExportError, DifferenceError: see ``export_run``.
     """
-    run = restore_run(folder)
+    with loading_memory({"model": folder}):
+        run = restore_run(folder)
     # Through the parser, so that what physics forbids is refused here as in a recipe.
     recipe = parse_recipe({**run.recipe.dump(), "export": [dict(options)]}, source="qaft export")
     return export_run(run, recipe.export[0], Console())
@@ -70,7 +73,8 @@ def export_run(run: Run, section: ExportSection, console: Console) -> ExportRepo
         metrics=last_metrics(run.folder),
     )
     run.loaded.model.eval()
-    report = EXPORTERS[section.format](run.loaded, section, out, info)
+    with evaluation_memory(f"exporting {out}", {}):
+        report = EXPORTERS[section.format](run.loaded, section, out, info)
     mebibytes = sum(report.sizes.values()) / 2**20
     console.print(f"exported {section.format}: {report.folder} ({mebibytes:.1f} MiB)", highlight=False, soft_wrap=True)
     if report.difference is not None:

@@ -42,6 +42,12 @@ def print_list(what: str) -> None:
     if what not in registries:
         allowed = [*registries, "compat"]
         raise RecipeError(f"list {what!r}: must be one of {', '.join(allowed)}{suggest(what, allowed)}")
+    if what == "updates":
+        # torch is imported for this list only.
+        from qaft.commands.update_list import update_table
+
+        Console().print(update_table())
+        return
     table = Table("name", "what", "options", title=what)
     for name, cls in sorted(registries[what]().items()):
         options = (

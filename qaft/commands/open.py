@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qaft.build import Run, default_device, is_run_folder, restore_run
+from qaft.commands.memory import loading_memory
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,13 @@ def open_model(name: str) -> OpenedModel:
 
     Raises:
         ModelError: it is neither.
+        OutOfMemoryError: it does not fit.
     """
-    if is_run_folder(name):
-        run = restore_run(name)
-        return OpenedModel(name, run.loaded.model.eval(), run.loaded.tokenizer, run)
-    from qaft.models.plain import load_plain
+    with loading_memory({"model": name}):
+        if is_run_folder(name):
+            run = restore_run(name)
+            return OpenedModel(name, run.loaded.model.eval(), run.loaded.tokenizer, run)
+        from qaft.models.plain import load_plain
 
-    model, tokenizer = load_plain(name, device=default_device())
-    return OpenedModel(name, model, tokenizer)
+        model, tokenizer = load_plain(name, device=default_device())
+        return OpenedModel(name, model, tokenizer)

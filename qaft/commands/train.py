@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from qaft.build import Run, build_run, prepare_training
+from qaft.build import Run, build_run
 from qaft.commands.export import check_export, export_run
+from qaft.commands.memory import loading_memory, training_memory
 from qaft.compat import cautions
+from qaft.ranks import rank
 from qaft.recipe import Recipe
 from qaft.train.loop import fit
-from qaft.train.resume import start_state
+from qaft.train.resume import continues, start_state
+from qaft.training import check_engine, prepare_training
 
 
 def train_and_export(recipe: Recipe, console: Console | None = None) -> Run:
@@ -18,15 +21,18 @@ def train_and_export(recipe: Recipe, console: Console | None = None) -> Run:
     Raises:
         QaftError: see ``build_run``, ``prepare_training``, ``fit`` and ``export_run``.
     """
-    console = console or Console()
+    console = console or Console(quiet=rank() != 0)
     for caution in cautions(recipe):
         console.print(f"caution: {caution}", highlight=False)
     # What cannot be exported is said now and not after the training.
     for section in recipe.export:
         check_export(recipe, section)
-    run = build_run(recipe)
+    check_engine(recipe)
+    # A checkpoint holds the rows and columns that were chosen from data.
+    with loading_memory({"model.name": recipe.model.name, "model.storage": recipe.model.storage}):
+        run = build_run(recipe, calibrate=not continues(recipe), share=True)
+    trained = sum(layer.update.num_trainable() for layer in run.layers.values())
     training = prepare_training(run, console=console)
-    trained = sum(p.numel() for p in training.params.values())
     weights = sum(layer.out_features * layer.in_features for layer in run.layers.values())
     console.print(
         f"training {trained:,} parameters in {len(run.layers)} layers of {weights:,} weights on {run.device}; "
@@ -34,7 +40,9 @@ def train_and_export(recipe: Recipe, console: Console | None = None) -> Run:
         highlight=False,
         soft_wrap=True,
     )
-    fit(training, start_state(training))
+    with training_memory(recipe):
+        fit(training, start_state(training))
+    training.engine.release()
     if training.engine.rank == 0:
         for section in recipe.export:
             export_run(run, section, console)

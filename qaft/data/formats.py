@@ -17,7 +17,7 @@ from qaft.data.examples import ROLES, Completion, Conversation, Example, Text, T
 from qaft.data.fields import choice, encodable, listed, mapping, message_content, required_field, string, turn_list
 from qaft.data.files import Row
 from qaft.errors import DataError, RecipeError
-from qaft.recipe import ClassificationSection, DataSection, class_name
+from qaft.sections import ClassificationSection, DataSection, class_name
 
 FIELDS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),

@@ -13,7 +13,7 @@ from qaft.data.formats import classification_label, parse_classification, rename
 from qaft.data.layouts import Layout, Piece, pieces, prompt_and_answer
 from qaft.data.load import DataSet, Which
 from qaft.errors import RecipeError
-from qaft.recipe import DataSection
+from qaft.sections import DataSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

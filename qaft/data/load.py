@@ -18,7 +18,7 @@ from qaft.data.render import Renderer
 from qaft.data.samples import Ids, Sample
 from qaft.data.sources import Rows, read_rows
 from qaft.errors import DataError, RecipeError
-from qaft.recipe import DataSection
+from qaft.sections import DataSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,7 +16,7 @@ from rich.text import Text
 from qaft.data.batches import TrainBatches
 from qaft.data.load import LoadedSamples, load_samples
 from qaft.data.samples import IGNORE_INDEX, Sample
-from qaft.recipe import DataSection, TrainSection
+from qaft.sections import DataSection, TrainSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,6 +16,7 @@ from qaft.bases.base import FrozenLinear
 from qaft.bases.dense import DenseBase
 from qaft.layers.adapted import AdaptedLinear
 from qaft.layers.attach import replace_module
+from qaft.layers.inputs import input_of, put_before
 
 MEMORY_SHARE = 0.5
 """Share of the free memory that dense weights may take; above it the model stays packed and is only slower."""
@@ -33,11 +34,19 @@ def unpacked(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for name, layer in layers.items():
                 weight = layer.weight() if isinstance(layer, AdaptedLinear) else layer.dequantize()
-                replace_module(model, name, DenseBase(weight, layer.bias))
+                replace_module(model, name, _with_inputs_of(layer, DenseBase(weight, layer.bias)))
         yield
     finally:
         for name, layer in layers.items():
             replace_module(model, name, layer)
+
+
+def _with_inputs_of(layer: nn.Module, dense: DenseBase) -> DenseBase:
+    """Return ``dense`` with the online rotation and the input quantizer of the layer that it stands in for."""
+    inputs = input_of(layer)
+    if inputs is not None:
+        put_before(dense, inputs)
+    return dense
 
 
 def _rebuilt_layers(model: nn.Module) -> dict[str, AdaptedLinear | FrozenLinear]:

@@ -20,7 +20,7 @@ from qaft.layers.adapted import AdaptedLinear
 
 if TYPE_CHECKING:
     from qaft.models.load import LoadedModel
-    from qaft.recipe import ExportSection
+    from qaft.sections import ExportSection
 
 Linear = AdaptedLinear | FrozenLinear
 """A linear layer of a loaded model: trained, or frozen."""

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from qaft.errors import ExportError
+from qaft.tensor_file import save_tensors
 
 INDEX = "model.safetensors.index.json"
 
@@ -79,7 +79,7 @@ class CheckpointWriter:
     def _flush(self) -> None:
         if not self._pending:
             return
-        save_file(self._pending, self._partial(self._num_shards), metadata={"format": "pt"})
+        save_tensors(self._pending, self._partial(self._num_shards), metadata={"format": "pt"})
         self._pending, self._pending_bytes = {}, 0
         self._num_shards += 1
 

@@ -48,7 +48,7 @@ from qaft.quant.packing import pack_int32, pack_zero_point
 
 if TYPE_CHECKING:
     from qaft.models.load import LoadedModel
-    from qaft.recipe import ExportSection
+    from qaft.sections import ExportSection
 
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers that vLLM joins into one, which has one grid."""

@@ -33,7 +33,7 @@ from qaft.layers.adapted import AdaptedLinear
 
 if TYPE_CHECKING:
     from qaft.models.load import LoadedModel
-    from qaft.recipe import ExportSection
+    from qaft.sections import ExportSection
 
 
 def export_merged(loaded: LoadedModel, section: ExportSection, folder: Path, info: ExportInfo) -> ExportReport:
@@ -108,29 +108,34 @@ def _original_tensors(loaded: LoadedModel, dtype: torch.dtype) -> Iterator[tuple
     for name, part in model_parts(loaded.model):
         if isinstance(part, Tensor):
             if not (loaded.tied and name == head):
-                yield name, _read(loaded, name)
+                yield name, loaded.originals[name]
             continue
         weight = f"{name}.weight"
-        yield weight, _original_weight(loaded, weight, part, dtype)
+        original = _original_weight(loaded, weight, part, dtype)
+        yield weight, original
         if part.bias is not None:
-            yield f"{name}.bias", _read(loaded, f"{name}.bias")
+            yield f"{name}.bias", _original_bias(loaded, name, part, original)
 
 
 def _original_weight(loaded: LoadedModel, name: str, layer: Linear, dtype: torch.dtype) -> Tensor:
     if isinstance(layer, DenseBase):
-        return _read(loaded, name)
+        return loaded.originals[name]
     if loaded.fusion is None:
         return merged_weight(layer, dtype)
     # Unrotated from the values that the forward uses, so that the result is rounded once.
-    return loaded.fusion.inverse(name, merged_weight(layer, torch.float32), loaded.norms)
+    return loaded.fusion.inverse(name, merged_weight(layer, torch.float32), loaded.originals)
+
+
+def _original_bias(loaded: LoadedModel, name: str, layer: Linear, weight: Tensor) -> Tensor:
+    original = loaded.originals[f"{name}.bias"]
+    if isinstance(layer, DenseBase) or loaded.fusion is None or not loaded.fusion.moves_shift(name):
+        return original
+    # The fused bias holds the untrained weight times the bias of a LayerNorm; here that is up to the trained weight.
+    fused = loaded.fusion.forward(f"{name}.bias", original, loaded.originals)
+    norms = {norm: loaded.originals[norm] for norm in loaded.fusion.norm_names}
+    return loaded.fusion.inverse(f"{name}.bias", fused, {**norms, f"{name}.weight": weight})
 
 
 def _name_of_head(loaded: LoadedModel) -> str:
     head = loaded.model.get_output_embeddings()
     return next((f"{name}.weight" for name, module in loaded.model.named_modules() if module is head), "")
-
-
-def _read(loaded: LoadedModel, name: str) -> Tensor:
-    # A checkpoint with tied embeddings may store them under the name of the head alone.
-    stored = name if name in loaded.source.names() or not loaded.tied else _name_of_head(loaded)
-    return loaded.source.read(stored)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 
 from qaft.bases.dense import DenseBase
 from qaft.errors import ExportError
@@ -27,12 +26,13 @@ from qaft.export.hf_files import write_json, write_tokenizer
 from qaft.export.publish import publish
 from qaft.export.tensors import linear_layers, model_dtype, require_plain_options, require_portable
 from qaft.layers.adapted import AdaptedLinear
-from qaft.rotation.places import Place, places_of
+from qaft.rotation.place import Place
+from qaft.tensor_file import save_tensors
 from qaft.updates.base import LowRankFactors
 
 if TYPE_CHECKING:
     from qaft.models.load import LoadedModel
-    from qaft.recipe import ExportSection
+    from qaft.sections import ExportSection
 
 
 def export_peft(loaded: LoadedModel, section: ExportSection, folder: Path, info: ExportInfo) -> ExportReport:
@@ -51,14 +51,18 @@ def export_peft(loaded: LoadedModel, section: ExportSection, folder: Path, info:
         if layer.update.low_rank_factors() is None:
             raise ExportError(
                 f"{name}: update {type(layer.update).__name__} is not of bounded rank, which a LoRA file needs; export "
-                "`merged` or `compressed-tensors`, or train with update.kind lowrank or roco"
+                "`merged` or `compressed-tensors`, or train with update.kind lowrank, linchain, roco or bank"
+            )
+        if loaded.fusion is not None and loaded.fusion.moves_shift(name):
+            raise ExportError(
+                f"{name}: its bias holds what the bias of a LayerNorm contributes, which changes with the update, and "
+                "a LoRA file holds no bias; export `merged` or `compressed-tensors`, or train with qat.rotation none"
             )
     return publish(loaded, section, folder, info, write=partial(_write, loaded, adapted, info))
 
 
 def _write(loaded: LoadedModel, adapted: dict[str, AdaptedLinear], info: ExportInfo, folder: Path) -> Written:
-    fusion = loaded.fusion
-    places = {} if fusion is None else places_of(fusion.arch, rotation=fusion.rotation, seed=fusion.seed)
+    places = {} if loaded.fusion is None else loaded.fusion.places
     tensors: dict[str, torch.Tensor] = {}
     ranks: dict[str, int] = {}
     for name, layer in adapted.items():
@@ -70,7 +74,7 @@ def _write(loaded: LoadedModel, adapted: dict[str, AdaptedLinear], info: ExportI
         prefix = f"base_model.model.{name}"
         tensors[f"{prefix}.lora_A.weight"] = to_dtype(name, factors.down, torch.float32).cpu().contiguous()
         tensors[f"{prefix}.lora_B.weight"] = to_dtype(name, factors.up, torch.float32).cpu().contiguous()
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_tensors(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     write_json(folder / "adapter_config.json", adapter_config(ranks, info.base))
     write_tokenizer(loaded, folder)
     bound, notes = _promise(loaded, adapted)
@@ -87,13 +91,14 @@ def restored(factors: LowRankFactors, place: Place, loaded: LoadedModel) -> LowR
     down, up = factors.down.double(), factors.up.double()
     if place.reads is not None:
         down = place.reads.undo(down)
-    if place.norm is not None:
-        gamma = loaded.norms[place.norm].to(down)
+    assert loaded.fusion is not None
+    gamma = loaded.fusion.gamma(place, loaded.originals)
+    if gamma is not None:
         if not bool(gamma.all()):
             raise ExportError(f"{place.norm} holds zeros: its readers cannot be brought back to the original basis")
-        down = down / gamma
+        down = down / gamma.to(down.device)
     if place.writes is not None:
-        up = place.writes.undo(up.mT).mT
+        up = place.writes.undo(up, dim=0)
     return LowRankFactors(down=down.float(), up=up.float())
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qaft.export.activations import activation_notes
 from qaft.export.base import ExportInfo, ExportReport, Written
 from qaft.export.card import STAMP, export_stamp, model_card
 from qaft.export.hf_files import write_json
@@ -14,7 +16,7 @@ from qaft.export.verify import verify_export
 
 if TYPE_CHECKING:
     from qaft.models.load import LoadedModel
-    from qaft.recipe import ExportSection
+    from qaft.sections import ExportSection
 
 
 def publish(
@@ -34,6 +36,7 @@ def publish(
     """
     with staged(folder, force=section.force) as stage:
         written = write(stage)
+        written = replace(written, notes=(*written.notes, *activation_notes(loaded.model)))
         verification = verify_export(loaded, stage, written) if section.verify else None
         difference = None if verification is None else verification.difference
         rounding = None if verification is None else verification.rounding

@@ -13,10 +13,11 @@ from qaft.bases.dense import DenseBase
 from qaft.errors import ExportError, RecipeError
 from qaft.export.base import Linear
 from qaft.layers.adapted import AdaptedLinear
+from qaft.layers.inputs import input_of
 
 if TYPE_CHECKING:
     from qaft.models.load import LoadedModel
-    from qaft.recipe import ExportSection
+    from qaft.sections import ExportSection
 
 HEAD = "lm_head"
 
@@ -106,9 +107,11 @@ def require_portable(layers: dict[str, Linear]) -> None:
         ExportError: an online rotation or an activation quantizer, which no plain checkpoint can hold.
     """
     for name, layer in layers.items():
-        if isinstance(layer, AdaptedLinear) and not isinstance(layer.rotation, nn.Identity):
+        before = input_of(layer)
+        rotated = before is not None and before.rotation is not None
+        if rotated or (isinstance(layer, AdaptedLinear) and not isinstance(layer.rotation, nn.Identity)):
             raise ExportError(
-                f"{name}: has an online rotation, which transformers would not apply; train with fused ones"
+                f"{name}: has an online rotation, which transformers would not apply; train with qat.target portable"
             )
         if isinstance(layer, AdaptedLinear) and not isinstance(layer.act_quantizer, nn.Identity):
             raise ExportError(

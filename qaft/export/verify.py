@@ -21,6 +21,7 @@ import qaft
 from qaft.errors import ExportError
 from qaft.evaluate.difference import Difference, PromptLogits, compare_logits, prompt_ids
 from qaft.evaluate.float32 import float_logits
+from qaft.export.activations import plain_activations
 from qaft.export.base import EXACT, OTHER_DEVICE, Linear, Written
 from qaft.export.tensors import linear_layers, model_dtype, model_parts
 from qaft.layers.attach import replace_module
@@ -74,18 +75,19 @@ def exported_weights(
 
 
 def verify_export(loaded: LoadedModel, folder: Path, written: Written) -> Verification:
-    """Return how far the export in ``folder`` is from what it should be.
+    """Return how far the export in ``folder`` is from what it should be, with plain activations on both sides.
 
     Raises:
         ExportError: plain transformers cannot load it.
         DifferenceError: it differs by more than ``written.bound``.
     """
     ids = prompt_ids(loaded.tokenizer)
-    trained = PromptLogits(ids, float_logits(loaded.model, ids))
-    reference = trained
-    if written.exported_weight is not None:
-        with exported_weights(loaded.model, written.exported_weight, written.dtype):
-            reference = PromptLogits(ids, float_logits(loaded.model, ids, via=written.dtype))
+    with plain_activations(loaded.model):
+        trained = PromptLogits(ids, float_logits(loaded.model, ids))
+        reference = trained
+        if written.exported_weight is not None:
+            with exported_weights(loaded.model, written.exported_weight, written.dtype):
+                reference = PromptLogits(ids, float_logits(loaded.model, ids, via=written.dtype))
     live = next(loaded.model.parameters()).device
     device = _device_for_reload(loaded, live)
     dtype = None if written.base is None else model_dtype(loaded)

@@ -13,7 +13,7 @@ from qaft.models.shards import weight_files
 _METADATA = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 
 
-def download(name: str, *, revision: str | None, code: bool) -> Path:
+def download(name: str, *, revision: str | None, code: bool, weights: bool = True) -> Path:
     """Return the folder of the snapshot of ``name``; only missing files are downloaded.
 
     Weights are fetched by the names in the index: repositories often carry the same weights in other formats too.
@@ -22,6 +22,7 @@ def download(name: str, *, revision: str | None, code: bool) -> Path:
         name: ``organisation/model``.
         revision: branch, tag or commit; None for the default branch.
         code: fetch Python files too (``trust_remote_code``).
+        weights: fetch the weights; else only what is beside them.
 
     Raises:
         ModelError: no such repository, no access, or no network and not in the cache.
@@ -29,7 +30,8 @@ def download(name: str, *, revision: str | None, code: bool) -> Path:
     metadata = [*_METADATA, "*.py"] if code else [*_METADATA]
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=metadata))
-        snapshot_download(name, revision=revision, allow_patterns=list(weight_files(folder)))
+        if weights:
+            snapshot_download(name, revision=revision, allow_patterns=list(weight_files(folder)))
     except GatedRepoError as error:
         raise ModelError(f"{name}: access is gated; accept its licence on the hub, then `hf auth login`") from error
     except HFValidationError as error:

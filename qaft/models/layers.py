@@ -17,7 +17,8 @@ from qaft.models.latents import off_grid
 from qaft.quant import build_quantizer
 from qaft.quant.affine import Affine
 from qaft.quant.base import Quantizer
-from qaft.recipe import GridSection, ModelSection, QatSection
+from qaft.quant.nf4 import NF4
+from qaft.sections import GridSection, ModelSection, QatSection
 
 log = logging.getLogger(__name__)
 
@@ -140,9 +141,8 @@ def _check_widths(key: str, grid: Quantizer, widths: Mapping[str, int]) -> None:
     if wrong is None:
         return
     common = math.gcd(*widths.values())
-    # Code books come in the block sizes of bitsandbytes: powers of two from 32.
     affine = isinstance(grid, Affine)
-    sizes = [s for s in range(8, min(common, 1024) + 1) if common % s == 0 and (affine or _is_block(s))]
+    sizes = [s for s in range(8, min(common, 1024) + 1) if common % s == 0 and _exists(grid, s)]
     channel = ["null (one scale per channel)"] if affine else []
     raise ModelError(
         f"{wrong}: its width {widths[wrong]} is not divisible by group_size={size} ({key}); group sizes that fit every "
@@ -150,5 +150,9 @@ def _check_widths(key: str, grid: Quantizer, widths: Mapping[str, int]) -> None:
     )
 
 
-def _is_block(size: int) -> bool:
-    return size >= 32 and size & (size - 1) == 0
+def _exists(grid: Quantizer, size: int) -> bool:
+    """Return whether grids of this kind come in groups of ``size``."""
+    if isinstance(grid, NF4):
+        # The block sizes of bitsandbytes: powers of two from 32.
+        return size >= 32 and size & (size - 1) == 0
+    return isinstance(grid, Affine)

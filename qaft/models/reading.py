@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +22,30 @@ log = logging.getLogger(__name__)
 _SHOWN = 8
 
 
+class _Originals(Mapping[str, Tensor]):
+    """The parameters of a checkpoint by their names in the model: some kept, the others read on demand."""
+
+    def __init__(self, kept: Mapping[str, Tensor], names: Mapping[str, str], read: Callable[[str], Tensor]) -> None:
+        self._kept = kept
+        self._names = names
+        self._read = read
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._kept[name] if name in self._kept else self._read(name)
+
+    def __contains__(self, name: object) -> bool:
+        # Mapping would read the tensor to find out.
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 class ModelReader:
     """Reads a tensor under the name that it has in the model, in the basis that the model will compute in.
 
@@ -32,7 +57,8 @@ class ModelReader:
 
     Attributes:
         fusion: as given.
-        norms: the original norm weights that the fusion folds away.
+        norms: the original parameters of the norms that the fusion folds away.
+        originals: every parameter as the checkpoint has it, read when it is asked for; norms are kept.
         tied: whether head and embedding are one tensor in the checkpoint.
         ties: model name -> the name that it shares its parameter with, in the loaded model.
 
@@ -55,6 +81,7 @@ class ModelReader:
         _report_unexpected(source, model, [name for name in stored if name not in self._origin])
         names = () if fusion is None else fusion.norm_names
         self.norms: dict[str, Tensor] = {name: self._read(name) for name in names}
+        self.originals: Mapping[str, Tensor] = _Originals(self.norms, self._origin, self._read)
 
     def names(self) -> list[str]:
         """Return the model's tensors in the order of the checkpoint's files; tied ones once."""
@@ -76,7 +103,7 @@ class ModelReader:
                 f"{self._source.name}: {name} has shape {list(tensor.shape)}, but its config implies "
                 f"{list(like.shape)}; config.json belongs to another checkpoint"
             )
-        return tensor if self.fusion is None else self.fusion.forward(name, tensor, self.norms)
+        return tensor if self.fusion is None else self.fusion.forward(name, tensor, self.originals)
 
     def _read(self, name: str) -> Tensor:
         if name not in self._origin:

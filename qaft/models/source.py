@@ -18,6 +18,7 @@ from qaft.models.gguf import convert_gguf
 from qaft.models.hub import download
 from qaft.models.shards import locate_tensors, read_tensor
 from qaft.recipe import RUN_RECIPE
+from qaft.sections import ModelSection
 
 _FOUR_BIT_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _FOUR_BIT_STATE = "quant_state.bitsandbytes__"
@@ -92,6 +93,35 @@ def _packed_weights(names: Mapping[str, Path]) -> dict[str, dict[str, str]]:
     return packed
 
 
+def source_of(section: ModelSection) -> CheckpointSource:
+    """Return the checkpoint that a recipe names.
+
+    Raises:
+        ModelError: see ``open_source``.
+    """
+    return open_source(
+        section.name,
+        revision=section.revision,
+        dtype=getattr(torch, section.dtype),
+        trust_remote_code=section.trust_remote_code,
+    )
+
+
+def config_of(section: ModelSection) -> PretrainedConfig:
+    """Return the configuration of the checkpoint that a recipe names, whether or not its weights are there.
+
+    Raises:
+        ModelError: there is no such checkpoint, or it is no causal language model.
+    """
+    name, code = section.name, section.trust_remote_code
+    dtype = getattr(torch, section.dtype)
+    folder = _folder_of(name, revision=section.revision, dtype=dtype, code=code, weights=False)
+    config = _read_config(name, folder, code)
+    _require_causal_lm(name, config, code)
+    _take_quantization(name, config)
+    return config
+
+
 def open_source(
     name: str, *, revision: str | None = None, dtype: torch.dtype = torch.bfloat16, trust_remote_code: bool = False
 ) -> CheckpointSource:
@@ -139,7 +169,7 @@ def load_tokenizer(source: CheckpointSource) -> PreTrainedTokenizerBase:
         raise ModelError(f"{source.folder}: the tokenizer cannot be read ({type(error).__name__}: {error})") from error
 
 
-def _folder_of(name: str, *, revision: str | None, dtype: torch.dtype, code: bool) -> Path:
+def _folder_of(name: str, *, revision: str | None, dtype: torch.dtype, code: bool, weights: bool = True) -> Path:
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -151,7 +181,7 @@ def _folder_of(name: str, *, revision: str | None, dtype: torch.dtype, code: boo
         raise ModelError(f"{name}: a file; give the folder that holds config.json and the weights, or a .gguf file")
     if name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name:
         raise ModelError(f"{name}: no such folder")
-    return download(name, revision=revision, code=code)
+    return download(name, revision=revision, code=code, weights=weights)
 
 
 def _read_config(name: str, folder: Path, trust_remote_code: bool) -> PretrainedConfig:

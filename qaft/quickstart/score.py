@@ -14,7 +14,7 @@ from qaft.data import generation_items, load_samples
 from qaft.evaluate.generation import exact_match
 from qaft.evaluate.perplexity import samples_perplexity
 from qaft.models.plain import load_plain
-from qaft.recipe import DataSection
+from qaft.sections import DataSection
 
 MAX_LENGTH = 256
 MAX_NEW_TOKENS = 40

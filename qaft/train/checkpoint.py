@@ -1,7 +1,7 @@
 """A checkpoint folder that is either complete and checked, or not there.
 
     checkpoint-<step>.tmp/   written, flushed to disk, read back and compared; then renamed to
-    checkpoint-<step>/       trainables.safetensors       trained parameters by name
+    checkpoint-<step>/       trainables.safetensors       trained parameters, and the rows or columns that they are
                              training_state.safetensors   tensors of optimizer, gradient source, random generators
                              trainer_state.json           the rest (see encoding.py; no pickle anywhere)
                              manifest.json                bytes and SHA-256 of files, shapes of parameters
@@ -24,10 +24,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from qaft.errors import TrainingError
+from qaft.tensor_file import save_tensors
 from qaft.train.encoding import decode, encode
 
 TRAINABLES, STATE_TENSORS, STATE, MANIFEST = (
@@ -45,7 +46,10 @@ TensorWriter = Callable[[Mapping[str, Tensor], Path], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """What a run needs to go on: finished steps, trained parameters by name, and nested state (tensors allowed)."""
+    """What a run needs to go on: finished steps, trainables by name, and nested state (tensors allowed).
+
+    ``trainables`` are the trained parameters and the persistent buffers of updates: which rows they belong to.
+    """
 
     step: int
     trainables: Mapping[str, Tensor]
@@ -54,7 +58,7 @@ class Checkpoint:
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write a safetensors file."""
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -113,6 +117,9 @@ def _check_values(trainables: Mapping[str, Tensor], folder: Path) -> None:
     if not trainables:
         raise TrainingError(f"{folder.stem}: there is no trained parameter to save; this is a defect, please report it")
     for name, param in trainables.items():
+        # Integers are choices of rows or columns, and an update may have chosen none on one axis.
+        if not param.is_floating_point():
+            continue
         if param.numel() == 0 or not bool(torch.isfinite(param).all()):
             reason = "is empty" if param.numel() == 0 else "holds values that are not finite"
             raise TrainingError(

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from qaft.errors import RecipeError
-from qaft.recipe import OptimSection
+from qaft.sections import OptimSection
 
 BASE_GROUP = "base"
 """Name of the group of parameters that no pattern matches."""

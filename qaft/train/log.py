@@ -45,7 +45,8 @@ class RunLog:
     Each line of ``metrics.jsonl`` has ``step``, ``tokens`` (trained on so far) and ``time`` (UTC); training lines add
     ``loss`` (mean over the steps since the last line), ``learning_rate`` (base group; others as
     ``learning_rate/<pattern>``), ``grad_norm`` (before clipping), ``tokens_per_second`` and ``peak_memory_gib``;
-    evaluation lines add ``eval_loss`` and ``eval_perplexity``. Names are the transformers Trainer's where it has one.
+    evaluation lines add ``eval_loss`` and ``eval_perplexity``; lines of diagnostics ``quantization/<quantity>[/layer]``
+    (see diagnostics.py). Names are the transformers Trainer's where it has one.
 
     Args:
         folder: the run folder.
@@ -85,7 +86,13 @@ class RunLog:
         self._start = self._last = (step, tokens, self._seconds())
 
     def step(
-        self, step: int, losses: Sequence[float], learning_rates: Mapping[str, float], grad_norm: float, tokens: int
+        self,
+        step: int,
+        losses: Sequence[float],
+        learning_rates: Mapping[str, float],
+        grad_norm: float,
+        tokens: int,
+        metrics: Mapping[str, float] | None = None,
     ) -> None:
         """Record finished steps.
 
@@ -95,6 +102,7 @@ class RunLog:
             learning_rates: by group name, as used by the last step.
             grad_norm: of the last step, before clipping.
             tokens: trained on so far.
+            metrics: what the gradient source measured in the last step.
         """
         seconds = self._seconds()
         _, last_tokens, last_seconds = self._last
@@ -110,10 +118,15 @@ class RunLog:
             "tokens": tokens,
             "tokens_per_second": (tokens - last_tokens) / max(seconds - last_seconds, 1e-9),
             "peak_memory_gib": peak_memory_gib(self._device),
+            **(metrics or {}),
         }
         self._write(record)
         if self._console is not None:
             self._console.step(record, self._total_steps, self._eta(step, seconds))
+
+    def values(self, step: int, values: Mapping[str, float], tokens: int) -> None:
+        """Record further values of a finished step, on a line of their own; they do not appear on the console."""
+        self._write({"step": step, **values, "tokens": tokens})
 
     def evaluation(self, step: int, loss: float, tokens: int) -> None:
         """Record a mean validation loss in nats per token and its perplexity."""

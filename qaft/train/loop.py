@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from signal import SIGTERM, Signals
 
 import torch
 
 from qaft.errors import DataError, TrainingError
+from qaft.gradients.base import GradientEstimate
 from qaft.train.checkpoint import latest_checkpoint
+from qaft.train.closure import BatchClosure
+from qaft.train.diagnostics import as_record, dead_zone_warning
 from qaft.train.evaluation import evaluate
 from qaft.train.objective import MicroBatch, noise_seed
+from qaft.train.replay import record_of
 from qaft.train.resume import save_state
 from qaft.train.run import TrainRun, TrainState
 from qaft.train.signals import StopSignals
@@ -37,13 +40,11 @@ def fit(run: TrainRun, state: TrainState) -> TrainState:
     state = state.taken(run.source, run.engine.device)
     with closing(run.log), StopSignals() as stop:
         for batch in _batches_until_done(run, state.step):
-            seed = noise_seed(run.section.seed, state.step, state.micro_batches, run.engine.rank)
-            closure = partial(run.objective, run.engine, batch, seed=seed)
-            estimate = run.source(closure, tuple(run.params.values()))
+            estimate = run.source(_closure(run, state, batch), run.params)
             run.engine.backward(estimate.surrogate)
             state = state.accumulate(estimate.loss, batch.num_tokens)
             if run.engine.due:
-                state = _finish_step(run, state, stop)
+                state = _finish_step(run, state, estimate, stop)
             if signal := _agreed_signal(run, stop):
                 run.log.note(f"{signal.name}: saved {save_state(run, state)}; continue with train.resume=true")
                 raise SystemExit(StopSignals.exit_code(signal))
@@ -64,7 +65,18 @@ def _batches_until_done(run: TrainRun, first_step: int) -> Iterator[MicroBatch]:
     raise DataError(f"the training data ended after step {done} of {run.section.steps}; lower train.steps")
 
 
-def _finish_step(run: TrainRun, state: TrainState, stop: StopSignals) -> TrainState:
+def _closure(run: TrainRun, state: TrainState, batch: MicroBatch) -> BatchClosure:
+    return BatchClosure(
+        objective=run.objective,
+        engine=run.engine,
+        batch=batch,
+        noise_seed=noise_seed(run.section.seed, state.step, state.micro_batches, run.engine.rank),
+        run_seed=run.section.seed,
+        is_last=state.micro_batches == run.section.grad_accumulation - 1,
+    )
+
+
+def _finish_step(run: TrainRun, state: TrainState, estimate: GradientEstimate, stop: StopSignals) -> TrainState:
     assert state.loss is not None
     sums = run.engine.sum_over_ranks(torch.tensor([float(state.loss), state.step_tokens], dtype=torch.float64))
     loss, tokens = float(sums[0]) / run.engine.world_size, int(sums[1])
@@ -74,10 +86,13 @@ def _finish_step(run: TrainRun, state: TrainState, stop: StopSignals) -> TrainSt
     info = run.engine.step()
     if not info.stepped:
         raise TrainingError(_diverged(run, state, f"the loss is {loss:.6g} but the gradient norm is {info.grad_norm}"))
+    if run.journal is not None:
+        run.journal.append(record_of(run, state.step, estimate.scalars, loss, tokens))
     run.scheduler.step()
     state = state.advance(loss, tokens).taken(run.source, run.engine.device)
     if _is_due(run, state, run.section.log_every):
-        run.log.step(state.step, state.unlogged_losses, rates, info.grad_norm, state.tokens)
+        run.log.step(state.step, state.unlogged_losses, rates, info.grad_norm, state.tokens, estimate.metrics)
+        _log_diagnostics(run, state)
         state = state.logged()
     with run.log.paused():
         if run.eval_batches is not None and _is_due(run, state, run.section.eval_every):
@@ -87,6 +102,16 @@ def _finish_step(run: TrainRun, state: TrainState, stop: StopSignals) -> TrainSt
         if _is_due(run, state, run.section.save_every):
             save_state(run, state)
     return state
+
+
+def _log_diagnostics(run: TrainRun, state: TrainState) -> None:
+    if run.diagnostics is None:
+        return
+    layers, dead = run.diagnostics.measure(state.step)
+    if layers:
+        run.log.values(state.step, as_record(layers), state.tokens)
+    if dead:
+        run.log.note(dead_zone_warning(dead))
 
 
 def _is_due(run: TrainRun, state: TrainState, every: int | None) -> bool:

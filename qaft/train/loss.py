@@ -15,6 +15,7 @@ Shapes: B = batch, T = time, N = targets, H = hidden size, V = vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -120,6 +121,20 @@ def _trained_head_loss(
     return total
 
 
+@torch.no_grad()
+def _target_losses(
+    hidden: Tensor, targets: Tensor, head: nn.Module, softcap: float | None, logits_per_chunk: int, vocabulary: int
+) -> Tensor:
+    """Return the loss of every target, [N], without a gradient."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    losses = torch.empty(len(hidden), dtype=wide, device=hidden.device)
+    for rows in _chunks(len(hidden), vocabulary, logits_per_chunk):
+        logits, chosen, into = head(hidden[rows]), targets[rows], losses[rows]
+        for block in _blocks(logits):
+            into[block] = F.cross_entropy(_softcapped(logits[block].to(wide), softcap), chosen[block], reduction="none")
+    return losses
+
+
 class CausalLoss(nn.Module):
     """A transformers causal language model as ``batch -> sum of losses over targets``; what an engine wraps.
 
@@ -146,19 +161,60 @@ class CausalLoss(nn.Module):
         labels: Tensor,
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        groups: Tensor | None = None,
     ) -> Tensor:
-        """Return the sum of losses over all targets, a scalar in at least fp32.
+        """Return the sum of losses over all targets, a scalar in at least fp32; with ``groups`` one for each, fp64 [G].
 
         Args:
             input_ids: [B, T].
             labels: [B, T], not shifted: position t is predicted from t - 1; ``IGNORE_INDEX`` carries no loss.
             position_ids: [B, T]; restarts at 0 mark packed samples when there is no attention mask.
             attention_mask: [B, T], 1 for tokens; None when nothing is padded.
+            groups: [B, T], index of the sum to which the loss of a label is added; the sums have no gradient.
         """
+        hidden, targets = self.at_targets(input_ids, labels, position_ids, attention_mask)
+        if groups is not None:
+            return self._group_losses(hidden, targets, groups, labels[:, 1:] != IGNORE_INDEX)
+        return self.head_loss(hidden, targets)
+
+    def at_targets(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the hidden states from which targets are predicted, [N, H], and the targets, [N]."""
         hidden = self._hidden(input_ids, position_ids, attention_mask)[:, :-1]
         targets = labels[:, 1:]
         has_target = targets != IGNORE_INDEX
-        return self._head_loss(hidden[has_target], targets[has_target])
+        return hidden[has_target], targets[has_target]
+
+    def over_logits(self, term: Callable[..., Tensor], *hidden: Tensor) -> Tensor:
+        """Return ``term`` of the logits of each of ``hidden`` [N, H], summed over N in chunks that backward recomputes.
+
+        Args:
+            term: logits in at least fp32, one [n, V] for each of ``hidden`` -> a sum over n.
+            *hidden: hidden states of the same positions.
+        """
+        head = self.model.get_output_embeddings()
+        wide = torch.promote_types(hidden[0].dtype, torch.float32)
+
+        def chunk(*rows: Tensor) -> Tensor:
+            return term(*(_softcapped(head(row).to(wide), self.softcap) for row in rows))
+
+        total = torch.zeros((), dtype=wide, device=hidden[0].device)
+        vocabulary = self.model.config.get_text_config().vocab_size
+        for rows in _chunks(len(hidden[0]), vocabulary, self.logits_per_chunk // len(hidden)):
+            total = total + checkpoint(chunk, *(states[rows] for states in hidden), use_reentrant=False)
+        return total
+
+    def _group_losses(self, hidden: Tensor, targets: Tensor, groups: Tensor, has_target: Tensor) -> Tensor:
+        vocabulary = self.model.config.get_text_config().vocab_size
+        head = self.model.get_output_embeddings()
+        losses = _target_losses(hidden, targets, head, self.softcap, self.logits_per_chunk, vocabulary)
+        sums = torch.zeros(int(groups.max()) + 1, dtype=torch.float64, device=losses.device)
+        return sums.index_add_(0, groups[:, 1:][has_target], losses.double())
 
     def _hidden(self, input_ids: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
         output = self.model.get_decoder()(
@@ -166,7 +222,8 @@ class CausalLoss(nn.Module):
         )
         return output.last_hidden_state  # [B, T, H]
 
-    def _head_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+    def head_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Return the sum of losses of ``targets`` [N] from ``hidden`` [N, H]."""
         head = self.model.get_output_embeddings()
         # Exactly nn.Linear: a subclass (a packed layer, say) may not compute F.linear(x, weight, bias).
         if type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters()):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qaft.errors import DataError
+from qaft.layers.reach import reached, zero_for_others
 from qaft.train.loss import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -100,11 +101,19 @@ class Objective:
     Args:
         regularizers: each is called with ``layers`` after the forward pass and returns its weighted scalar.
         layers: adapted layers by name.
+        on_step: is told the index of the optimizer step before each forward pass.
     """
 
-    def __init__(self, regularizers: Sequence[Penalty] = (), layers: Mapping[str, nn.Module] | None = None) -> None:
+    def __init__(
+        self,
+        regularizers: Sequence[Penalty] = (),
+        layers: Mapping[str, nn.Module] | None = None,
+        *,
+        on_step: Callable[[int], None] = lambda _: None,
+    ) -> None:
         self.regularizers = tuple(regularizers)
         self.layers = dict(layers or {})
+        self._on_step = on_step
 
     def __call__(self, engine: Engine, batch: MicroBatch, *, seed: int) -> Tensor:
         """Return the value of the equation above; equal theta and seed give an equal value.
@@ -121,10 +130,20 @@ class Objective:
                 f"step {batch.step}: no position carries loss, so there is nothing to learn from; "
                 "check data.train_on and data.max_length"
             )
+        self._on_step(batch.step)
         with seeded(seed, engine.device):
-            total = engine(**model_inputs(batch))
+            total = self._total(engine, batch)
             if self.regularizers:
                 terms = torch.stack([penalty(self.layers).to(total) for penalty in self.regularizers])
                 total = total + terms.sum() * local_targets(batch)
         value = total / batch.num_targets
         return value * engine.world_size if torch.is_grad_enabled() else engine.sum_over_ranks(value)
+
+    def _total(self, engine: Engine, batch: MicroBatch) -> Tensor:
+        """Return the sum of losses, with a gradient (zero where a layer was not reached) for every trained layer."""
+        if not torch.is_grad_enabled():
+            return engine(**model_inputs(batch))
+        with reached(self.layers) as names:
+            total = engine(**model_inputs(batch))
+        zero = zero_for_others(self.layers, names)
+        return total if zero is None else total + zero.to(total)

@@ -9,7 +9,7 @@ import torch
 from torch.optim import SGD, Adafactor, AdamW, Optimizer
 
 from qaft.errors import RecipeError
-from qaft.recipe import OptimSection
+from qaft.sections import OptimSection
 
 Groups = list[dict[str, Any]]
 
@@ -45,7 +45,17 @@ OPTIMIZERS: dict[str, Callable[[Groups, OptimSection], Optimizer]] = {
     "paged_adamw_8bit": _bitsandbytes_adamw("PagedAdamW8bit"),
     "sgd": _sgd,
 }
-"""Builders; state per trained parameter: adamw 8 bytes, *_8bit 2, sgd 0 or 4, adafactor about 0."""
+"""Builders, by the name that a recipe uses."""
+
+STATE_BYTES: dict[str, int] = {
+    "adafactor": 0,
+    "adamw": 8,
+    "adamw_8bit": 2,
+    "paged_adamw": 8,
+    "paged_adamw_8bit": 2,
+    "sgd": 0,
+}
+"""Bytes of state per trained fp32 scalar, without scales and steps (adafactor: rows, columns; sgd: 4 with momentum)."""
 
 _ADAM = frozenset({"betas", "eps"})
 _OPTIONS: Mapping[str, frozenset[str]] = {

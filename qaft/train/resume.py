@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import qaft
 from qaft.errors import IncompatibleError, RecipeError
 from qaft.recipe import Recipe
 from qaft.train.checkpoint import Checkpoint, checkpoint_path, latest_checkpoint, read_checkpoint, write_checkpoint
+from qaft.train.journal import read_journal
+from qaft.train.replay import check_parameters, continue_journal
 from qaft.train.rng import restore_rng
 from qaft.train.run import TrainRun, TrainState
 
@@ -30,7 +32,11 @@ def deciding_values(recipe: Recipe) -> dict[str, Any]:
 
     Outputs (``export``), logging, evaluation and checkpoint intervals may change between a run and its continuation.
     """
-    dump = recipe.dump()
+    return deciding_parts(recipe.dump())
+
+
+def deciding_parts(dump: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the same of a recipe as plain values."""
     return {name: dump[name] for name in _SECTIONS} | {"train": {key: dump["train"][key] for key in _TRAIN_KEYS}}
 
 
@@ -40,11 +46,15 @@ def save_state(run: TrainRun, state: TrainState) -> Path:
     Raises:
         TrainingError: see ``write_checkpoint``.
     """
+    # Collective: engines may keep parts of these on every rank.
+    trainables, optimizer = _trainables(run), run.engine.optimizer_state()
+    if run.journal is not None:
+        check_parameters(run, state.step)
     if run.engine.rank == 0:
         recipe = deciding_values(run.recipe)
         nested = {
             "progress": {"tokens": state.tokens, "unlogged_losses": state.unlogged_losses},
-            "optimizer": run.optimizer.state_dict(),
+            "optimizer": optimizer,
             "scheduler": run.scheduler.state_dict(),
             "rng": state.rng,
             "source": state.source,
@@ -52,10 +62,14 @@ def save_state(run: TrainRun, state: TrainState) -> Path:
             "recipe_sha256": hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest(),
             "versions": library_versions(),
         }
-        checkpoint = Checkpoint(step=state.step, trainables=run.params, state=nested)
+        checkpoint = Checkpoint(step=state.step, trainables=trainables, state=nested)
         write_checkpoint(run.folder, checkpoint, keep=run.section.keep)
     run.engine.wait()
     return checkpoint_path(run.folder, state.step)
+
+
+def _trainables(run: TrainRun) -> dict[str, Tensor]:
+    return {**run.engine.whole_parameters(run.params), **run.buffers}
 
 
 def library_versions() -> dict[str, str]:
@@ -68,28 +82,37 @@ def library_versions() -> dict[str, str]:
     }
 
 
+def continues(recipe: Recipe) -> bool:
+    """Return whether training this recipe starts from a checkpoint."""
+    return recipe.train.resume and latest_checkpoint(Path(recipe.train.output)) is not None
+
+
 def start_state(run: TrainRun) -> TrainState:
-    """Return where training starts: restored from the newest good checkpoint with ``train.resume``, else step 0.
+    """Return where training starts: the newest good checkpoint and what the journal holds after it with
+    ``train.resume``, else step 0.
 
     Raises:
-        RecipeError: there are checkpoints in the folder and ``train.resume`` is off.
-        IncompatibleError: the checkpoint belongs to another run; see ``restore``.
+        RecipeError: there are checkpoints or a journal in the folder and ``train.resume`` is off.
+        IncompatibleError: the checkpoint or the journal belongs to another run; see ``restore``.
     """
     latest = latest_checkpoint(run.folder)
-    if latest is None:
-        if run.section.resume:
-            run.log.note(f"train.resume: no checkpoint in {run.folder}, starting at step 0")
-        return TrainState()
-    if not run.section.resume:
+    journal = None if run.journal is None or not run.journal.path.exists() else run.journal.path
+    earlier = latest or journal
+    if earlier is not None and not run.section.resume:
         raise RecipeError(
-            f"train.output={run.folder} holds {latest.name} of an earlier run: set train.resume=true to continue it, "
+            f"train.output={run.folder} holds {earlier.name} of an earlier run: set train.resume=true to continue it, "
             "or choose another folder"
         )
-    return restore(run, latest)
+    if earlier is None and run.section.resume:
+        run.log.note(f"train.resume: no checkpoint in {run.folder}, starting at step 0")
+    if latest is None and journal is not None:
+        _check_recipe(deciding_parts(read_journal(journal).header.recipe), deciding_values(run.recipe), journal)
+    state = TrainState() if latest is None else restore(run, latest)
+    return state if run.journal is None else continue_journal(run, state)
 
 
 def restore(run: TrainRun, path: Path) -> TrainState:
-    """Load a checkpoint into the run's parameters, optimizer, scheduler, source and random generators.
+    """Load a checkpoint into the run's parameters and buffers, optimizer, scheduler, source and random generators.
 
     Everything is checked before anything is changed. A different torch version only warns.
 
@@ -100,17 +123,17 @@ def restore(run: TrainRun, path: Path) -> TrainState:
     checkpoint = read_checkpoint(path)
     state = checkpoint.state
     _check_recipe(state["recipe"], deciding_values(run.recipe), path)
-    _check_trainables(checkpoint.trainables, run.params, path)
+    _check_trainables(checkpoint.trainables, _trainables(run), path)
     changed = {k: v for k, v in library_versions().items() if state["versions"].get(k) != v}
     if changed:
         warnings.warn(
             f"{path} was written with {state['versions']}, now {changed}: the continuation may differ in rounding",
             stacklevel=2,
         )
-    with torch.no_grad():
-        for name, param in run.params.items():
-            param.copy_(checkpoint.trainables[name])
-    run.optimizer.load_state_dict(state["optimizer"])
+    run.engine.load_parameters(run.params, checkpoint.trainables)
+    for name, buffer in run.buffers.items():
+        buffer.copy_(checkpoint.trainables[name])
+    run.engine.load_optimizer_state(state["optimizer"])
     run.scheduler.load_state_dict(state["scheduler"])
     run.source.load_state_dict(state["source"])
     restore_rng(state["rng"], run.engine.device)
@@ -130,11 +153,11 @@ def _check_recipe(stored: Mapping[str, Any], current: Mapping[str, Any], path: P
         )
 
 
-def _check_trainables(stored: Mapping[str, Tensor], params: Mapping[str, nn.Parameter], path: Path) -> None:
-    problems = [f"{name} is not in the model" for name in stored.keys() - params.keys()]
-    problems += [f"{name} is not in the checkpoint" for name in params.keys() - stored.keys()]
-    for name in stored.keys() & params.keys():
-        old, new = stored[name], params[name]
+def _check_trainables(stored: Mapping[str, Tensor], current: Mapping[str, Tensor], path: Path) -> None:
+    problems = [f"{name} is not in the model" for name in stored.keys() - current.keys()]
+    problems += [f"{name} is not in the checkpoint" for name in current.keys() - stored.keys()]
+    for name in stored.keys() & current.keys():
+        old, new = stored[name], current[name]
         if old.shape != new.shape or old.dtype != new.dtype:
             problems.append(f"{name} is {list(old.shape)} {old.dtype} there, {list(new.shape)} {new.dtype} here")
     if problems:

@@ -14,7 +14,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from qaft.gradients.base import GradientSource
-from qaft.recipe import Recipe, TrainSection
+from qaft.recipe import Recipe
+from qaft.sections import TrainSection
+from qaft.train.diagnostics import Diagnostics
+from qaft.train.journal import Journal
 from qaft.train.log import RunLog
 from qaft.train.objective import MicroBatch, Objective
 from qaft.train.rng import RngState, capture_rng
@@ -36,8 +39,10 @@ class TrainRun:
     """Everything ``fit`` needs.
 
     ``engine.module`` is the loss module, ``params`` its trainable parameters by name, ``optimizer`` the one that the
-    engine steps, over the same parameters; ``scheduler`` is stepped once per optimizer step. ``eval_batches`` can be
-    iterated again and again; None for no evaluation. ``log`` and checkpoints live in ``folder``.
+    engine steps, over the same parameters; ``scheduler`` is stepped once per optimizer step. ``buffers`` are the
+    persistent buffers of updates by name. ``eval_batches`` can be iterated again and again; None for no evaluation.
+    ``diagnostics`` watches quantization on rank 0; None for none. ``journal`` is there for sources whose steps follow
+    from scalars. ``log`` and checkpoints live in ``folder``.
     """
 
     recipe: Recipe
@@ -50,7 +55,10 @@ class TrainRun:
     batches: TrainingBatches
     log: RunLog
     folder: Path
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
     eval_batches: Iterable[MicroBatch] | None = None
+    diagnostics: Diagnostics | None = None
+    journal: Journal | None = None
 
     @property
     def section(self) -> TrainSection:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from qaft.errors import RecipeError
-from qaft.recipe import OptimSection
+from qaft.sections import OptimSection
 
 
 def warmup_steps(section: OptimSection, total_steps: int) -> int:

@@ -7,12 +7,15 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+from qaft.ranks import lost_peer
+
 HANDLED = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopSignals:
     """A context in which the first SIGTERM or SIGINT only sets ``received``; previous handlers come back at its end.
 
+    After a signal, an error that only says that another rank is gone becomes the exit code of the signal.
     A second SIGINT raises ``KeyboardInterrupt`` at once, for a user who does not want to wait for the checkpoint.
     Python delivers signals to the main thread alone: elsewhere the context changes nothing and ``received`` stays None.
     """
@@ -31,6 +34,9 @@ class StopSignals:
     ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if self.received is not None and error is not None and lost_peer(error):
+            # A launcher signals the ranks that are left when one has failed: theirs is not the error to be told.
+            raise SystemExit(self.exit_code(self.received)) from error
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:

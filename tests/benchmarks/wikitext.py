@@ -17,13 +17,14 @@ from pathlib import Path
 
 import torch
 
-from qaft.build import build_run, prepare_training
+from qaft.build import build_run
 from qaft.evaluate.perplexity import text_perplexity
 from qaft.evaluate.unpacked import unpacked
 from qaft.models.load import load_model
 from qaft.recipe import Recipe, parse_recipe
 from qaft.train.loop import fit
 from qaft.train.resume import start_state
+from qaft.training import prepare_training
 
 LENGTH = 1024
 

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from qaft.data.load import CHUNK_ROWS, load_samples
 from qaft.data.samples import IGNORE_INDEX
 from qaft.errors import DataError, RecipeError
-from qaft.recipe import DataSection
+from qaft.sections import DataSection
 
 PAIR = {"prompt": "p", "completion": " c"}
 

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from qaft.data.report import DataReport, data_report, print_report
-from qaft.recipe import DataSection, TrainSection
+from qaft.sections import DataSection, TrainSection
 
 
 def pair(prompt: str, completion: str) -> dict[str, str]:

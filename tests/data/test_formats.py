@@ -8,7 +8,8 @@ from qaft.data.examples import Completion, Conversation, Text, Turn
 from qaft.data.files import Provenance, Row
 from qaft.data.formats import choose_format, detect_format, parse_row
 from qaft.errors import DataError, RecipeError
-from qaft.recipe import DataSection, parse_recipe
+from qaft.recipe import parse_recipe
+from qaft.sections import DataSection
 
 WHERE = Provenance("a.jsonl", 7)
 USER, GPT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}

@@ -11,7 +11,7 @@ from qaft.data.items import classification_items, generation_items
 from qaft.data.load import load_samples
 from qaft.data.samples import IGNORE_INDEX
 from qaft.errors import DataError, RecipeError
-from qaft.recipe import DataSection
+from qaft.sections import DataSection
 
 CLASSES = {"prompt": "{sentence} It was", "verbalizers": {0: " terrible", 1: " great"}}
 ROWS = [{"sentence": "good one", "label": 1}, {"sentence": "bad one", "label": 0}]

@@ -10,6 +10,8 @@ from qaft.bases.base import LinearSpec
 from qaft.bases.dense import DenseBase
 from qaft.evaluate.unpacked import unpacked
 from qaft.layers.adapted import AdaptedLinear
+from qaft.layers.inputs import LayerInput, put_before
+from qaft.quant.activation import TokenQuantizer
 from qaft.quant.affine import Affine
 from qaft.updates.dense import DenseDelta
 from qaft.updates.lowrank import LowRank
@@ -44,6 +46,20 @@ def test_outputs_are_bit_identical_and_the_model_is_restored() -> None:
         assert not any(isinstance(m, AffineBase) for m in net.modules())
         assert torch.equal(net(x), before)
     assert list(net.modules()) == modules
+
+
+@torch.no_grad()
+def test_online_rotations_and_quantized_inputs_stay_in_front_of_the_dense_layers() -> None:
+    net, x = model(), torch.randn(5, 64).bfloat16()
+    plain = net(x)
+    inputs = LayerInput(rotation=nn.Hardtanh(-0.5, 0.5), quantizer=TokenQuantizer(bits=4))
+    for layer in (net[0], net[1]):
+        put_before(layer, inputs)
+    before = net(x)
+    assert not torch.equal(before, plain)
+    with unpacked(net):
+        assert torch.equal(net(x), before)
+    assert torch.equal(net(x), before)
 
 
 def test_the_model_is_restored_after_an_error() -> None:

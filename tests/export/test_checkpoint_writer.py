@@ -78,7 +78,7 @@ def test_a_full_disk_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint_writer, "save_file", full)
+    monkeypatch.setattr(checkpoint_writer, "save_tensors", full)
     writer = CheckpointWriter(tmp_path, max_shard_bytes=4)
     writer.add("a", torch.zeros(1))
     with pytest.raises(OSError, match="No space left"):

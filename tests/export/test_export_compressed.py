@@ -18,7 +18,7 @@ from qaft.errors import ExportError, RecipeError
 from qaft.export import EXPORTERS
 from qaft.export.tensors import linear_layers
 from qaft.layers.adapted import AdaptedLinear
-from qaft.recipe import GridSection, QatSection
+from qaft.sections import GridSection, QatSection
 
 export = EXPORTERS["compressed-tensors"]
 
@@ -58,6 +58,19 @@ def test_the_file_holds_the_trained_codes_and_the_reader_gets_the_trained_weight
             assert torch.equal(unpack_from_int32(packed, bits, codes.zero_point.shape, packed_dim=0), codes.zero_point)
         assert torch.equal(model.get_submodule(name).weight, layer.weight().detach())
     assert relative_difference(loaded.model, model) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "options", [{"range": "signed_absmax"}, {"range": "mse"}, {"range": "rms"}, {"symmetric": False, "clip": 0.95}]
+)
+def test_every_range_of_an_int_grid_is_read_back_as_trained(checkpoint: Any, tmp_path: Path, options: Any) -> None:
+    grid = QatSection(weights=GridSection(bits=4, group_size=32, **options))
+    loaded = trained(checkpoint(), qat=grid, storage="int4", select=is_query_or_value)
+    export(loaded, section("compressed-tensors"), tmp_path / "out", INFO)
+    model = reloaded(tmp_path / "out")
+    for name, layer in linear_layers(loaded.model).items():
+        weight = layer.weight().detach() if isinstance(layer, AdaptedLinear) else layer.dequantize()
+        assert torch.equal(model.get_submodule(name).weight, weight), name
 
 
 @pytest.mark.parametrize(

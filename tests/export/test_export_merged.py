@@ -18,7 +18,7 @@ from qaft.export import EXPORTERS
 from qaft.export.base import FLOOR_16BIT
 from qaft.export.tensors import linear_layers
 from qaft.layers.adapted import AdaptedLinear
-from qaft.recipe import GridSection, QatSection
+from qaft.sections import GridSection, QatSection
 
 merged = EXPORTERS["merged"]
 GRIDS: dict[str, GridSection | None] = {
@@ -27,6 +27,10 @@ GRIDS: dict[str, GridSection | None] = {
     "int4-asym-channel": GridSection(bits=4, group_size=None, symmetric=False),
     "int3-sym-channel": GridSection(bits=3, group_size=None),
     "nf4": GridSection(kind="nf4", group_size=32),
+    "q4_0": GridSection.model_validate({"kind": "q4_0"}),
+    "mxfp4": GridSection.model_validate({"kind": "mxfp4"}),
+    "nvfp4": GridSection.model_validate({"kind": "nvfp4"}),
+    "int4-rms-channel": GridSection(bits=4, group_size=None, range="rms"),
 }
 
 

@@ -19,7 +19,7 @@ from qaft.export import EXPORTERS
 from qaft.export.tensors import linear_layers
 from qaft.layers.attach import adapted_layers
 from qaft.models.load import LoadedModel
-from qaft.recipe import GridSection, QatSection
+from qaft.sections import GridSection, QatSection
 from qaft.updates import LowRank
 
 export = EXPORTERS["peft"]
@@ -71,7 +71,7 @@ def test_the_restored_factors_are_the_inverse_of_the_dense_update(checkpoint: An
     for name, layer in adapted_layers(loaded.model).items():
         factors = layer.update.low_rank_factors()
         assert factors is not None
-        expected = loaded.fusion.inverse(f"{name}.weight", factors.up @ factors.down, loaded.norms)
+        expected = loaded.fusion.inverse(f"{name}.weight", factors.up @ factors.down, loaded.originals)
         key = f"base_model.model.{name}"
         change = stored[f"{key}.lora_B.weight"] @ stored[f"{key}.lora_A.weight"]
         torch.testing.assert_close(change, expected, rtol=0, atol=2e-6 * float(expected.abs().max()))

@@ -20,7 +20,7 @@ from qaft.export.dense import _write
 from qaft.export.publish import publish
 from qaft.export.tensors import linear_layers, merged_weight
 from qaft.export.verify import exported_weights, reload_logits
-from qaft.recipe import GridSection, QatSection
+from qaft.sections import GridSection, QatSection
 
 QAT = QatSection(weights=GridSection(bits=4, group_size=32))
 

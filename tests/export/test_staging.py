@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +85,7 @@ def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path: Path, monkeypatc
 def test_an_export_onto_a_full_disk_leaves_nothing(
     checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, place: str
 ) -> None:
-    from qaft.recipe import GridSection, QatSection
+    from qaft.sections import GridSection, QatSection
 
     loaded = trained(checkpoint(), qat=QatSection(weights=GridSection(group_size=32)))
 
@@ -90,26 +93,92 @@ def test_an_export_onto_a_full_disk_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(
-        *((checkpoint_writer, "save_file", full) if place == "shard" else (publish, "write_json", full))
+        *((checkpoint_writer, "save_tensors", full) if place == "shard" else (publish, "write_json", full))
     )
     with pytest.raises(OSError, match="No space left"):
         EXPORTERS[format](loaded, section(format), tmp_path / "out", INFO)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_export_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
-    # By its path: the package around it would import torch.
-    code = (
-        "import runpy, sys, time; from pathlib import Path\n"
-        "staged = runpy.run_path(sys.argv[2])['staged']\n"
-        "with staged(Path(sys.argv[1]), force=False) as stage:\n"
-        "    (stage / 'model.safetensors').write_text('x'); print('ready', flush=True); time.sleep(60)\n"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path / "out"), staging.__file__]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+EXPORT = """
+import runpy, shutil, sys, time
+from pathlib import Path
+
+def wait(*_, **__):
+    print("ready", flush=True)
+    time.sleep(60)
+
+# By its path: the package around it would import torch.
+staged = runpy.run_path(sys.argv[2])["staged"]
+with staged(Path(sys.argv[1]), force=True) as stage:
+    (stage / "model.safetensors").write_text("x")
+    if sys.argv[3] == "writing":
+        wait()
+    shutil.rmtree = wait
+"""
+
+
+@contextmanager
+def unfinished_export(folder: Path, until: str) -> Iterator[subprocess.Popen[str]]:
+    """An export by another process that stands still while it is writing, or removing what it has replaced."""
+    command = [sys.executable, "-c", EXPORT, str(folder), staging.__file__, until]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None and process.stdout.readline() == "ready\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def kill(process: subprocess.Popen[str]) -> None:
     process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert [p.name for p in tmp_path.iterdir()] == [f"out.tmp-{process.pid}"]
-    process.stdout.close()
-    assert os.listdir(tmp_path / f"out.tmp-{process.pid}") == ["model.safetensors"]
+    assert process.wait() == -signal.SIGKILL
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_killed_export_leaves_nothing_that_looks_finished_and_the_next_one_removes_it(tmp_path: Path) -> None:
+    with unfinished_export(tmp_path / "out", "writing") as process:
+        kill(process)
+    left = f"out.tmp-{platform.node()}-{process.pid}"
+    assert names(tmp_path) == [left]
+    assert os.listdir(tmp_path / left) == ["model.safetensors"]
+    with (
+        pytest.warns(UserWarning, match=rf"{left}: removed, a killed export had left it"),
+        staged(tmp_path / "out", force=False) as stage,
+    ):
+        (stage / "new").write_text("2")
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_replaced_folder_that_a_killed_export_had_not_removed_yet_goes_with_the_next_one(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with unfinished_export(tmp_path / "out", "removing") as process:
+        kill(process)
+    left = f"out.old-{platform.node()}-{process.pid}"
+    assert names(tmp_path) == ["out", left]
+    with pytest.warns(UserWarning, match=f"{left}: removed"), staged(tmp_path / "out", force=True):
+        pass
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("until", ["writing", "removing"])
+def test_what_belongs_to_a_living_process_or_to_another_host_or_folder_stays(tmp_path: Path, until: str) -> None:
+    (tmp_path / "out").mkdir()
+    others = [f"out.tmp-{platform.node()}x-1", "out.tmp-1", f"out2.tmp-{platform.node()}-1"]
+    for name in others:
+        (tmp_path / name).mkdir()
+    with unfinished_export(tmp_path / "out", until) as process:
+        with staged(tmp_path / "out", force=True):
+            pass
+        kind = {"writing": "tmp", "removing": "old"}[until]
+        assert names(tmp_path) == sorted([*others, "out", f"out.{kind}-{platform.node()}-{process.pid}"])
+
+
+def test_the_old_folder_stays_when_an_export_was_killed_between_the_two_renames(tmp_path: Path) -> None:
+    # Nothing is at the place itself: what was to be replaced is all there is.
+    (tmp_path / f"out.old-{platform.node()}-1").mkdir()
+    with staged(tmp_path / "out", force=False):
+        assert names(tmp_path)[0] == f"out.old-{platform.node()}-1"

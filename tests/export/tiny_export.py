@@ -17,7 +17,7 @@ from qaft.layers.adapted import AdaptedLinear
 from qaft.layers.attach import attach
 from qaft.models.load import LoadedModel, linear_names, load_model
 from qaft.quant import build_quantizer
-from qaft.recipe import ExportSection, ModelSection, QatSection
+from qaft.sections import ExportSection, ModelSection, QatSection
 from qaft.updates import UPDATES
 
 UPDATE_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {

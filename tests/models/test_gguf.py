@@ -18,7 +18,7 @@ from qaft.errors import ModelError
 from qaft.models.gguf import converted_folder
 from qaft.models.load import load_model
 from qaft.models.source import load_tokenizer, open_source
-from qaft.recipe import ModelSection, QatSection
+from qaft.sections import ModelSection, QatSection
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, LAYERS = 64, 96, 4, 2, 2
 Q4_0 = gguf.GGMLQuantizationType.Q4_0

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qaft.errors import ModelError
 from qaft.models.latents import ON_GRID, grid_distance, off_grid
-from qaft.quant import NF4, Affine
+from qaft.quant import MXFP4, NF4, NVFP4, Q4_0, Affine
 from qaft.quant.base import Quantizer
 
 GRIDS: dict[str, Quantizer] = {
@@ -15,6 +16,10 @@ GRIDS: dict[str, Quantizer] = {
     "int8 channel": Affine(bits=8, group_size=None, symmetric=True, scale_dtype=torch.bfloat16),
     "int8 g128": Affine(bits=8, group_size=128, symmetric=True, scale_dtype=torch.bfloat16),
     "nf4": NF4(group_size=64),
+    "int4 signed": Affine(bits=4, group_size=64, range="signed_absmax", scale_dtype=torch.bfloat16),
+    "q4_0": Q4_0(),
+    "mxfp4": MXFP4(),
+    "nvfp4": NVFP4(),
 }
 
 
@@ -89,3 +94,14 @@ def test_randomness_depends_on_seed_and_layer_only(quantizer: Quantizer, weight:
     assert torch.equal(latents("a", 3), latents("a", 3))
     assert not torch.equal(latents("a", 3), latents("a", 4))
     assert not torch.equal(latents("a", 3), latents("b", 3))
+
+
+@pytest.mark.parametrize("options", [{"range": "rms"}, {"range": "mse"}, {"clip": 0.9}])
+def test_a_range_that_is_fitted_anew_takes_a_weight_as_it_is_and_refuses_its_own_points(
+    options: dict, weight: torch.Tensor
+) -> None:
+    clipped = Affine(bits=4, group_size=64, **options)
+    latents, moved = off_grid(weight, clipped, name="w", seed=0)
+    assert latents is weight and not moved
+    with pytest.raises(ModelError, match=r"layers\.0: the weight lies on the grid of qat\.weights already"):
+        off_grid(clipped(weight), clipped, name="layers.0", seed=0)

@@ -21,7 +21,7 @@ from qaft.errors import ModelError, RecipeError
 from qaft.models.load import LoadedModel, linear_names, load_model
 from qaft.models.source import open_source
 from qaft.quant import build_quantizer
-from qaft.recipe import GridSection, ModelSection, QatSection
+from qaft.sections import GridSection, ModelSection, QatSection
 
 PER_CHANNEL = QatSection.model_validate({"weights": {"group_size": None}})
 UNROTATED = QatSection.model_validate({"weights": {"group_size": 32}, "rotation": "none"})
@@ -112,7 +112,7 @@ def test_a_rotated_model_computes_the_same_function(
     assert (loaded.model(tokens).logits - expected).norm() < 1e-5 * expected.norm()
     assert loaded.tied is tied
     assert torch.equal(loaded.model.model.norm.weight, torch.ones(64))
-    assert loaded.norms["model.norm.weight"].std() > 0.1
+    assert loaded.originals["model.norm.weight"].std() > 0.1
 
 
 def test_a_rotated_model_can_be_rotated_back(write_checkpoint: Callable[..., Path]) -> None:
@@ -126,7 +126,7 @@ def test_a_rotated_model_can_be_rotated_back(write_checkpoint: Callable[..., Pat
                 tensors[f"{name}.bias"] = module.bias
     assert tensors.keys() == {*loaded.source.names(), "lm_head.weight"}
     for name in loaded.source.names():
-        restored = loaded.fusion.inverse(name, tensors[name], loaded.norms)
+        restored = loaded.fusion.inverse(name, tensors[name], loaded.originals)
         torch.testing.assert_close(restored, loaded.source.read(name), rtol=1e-5, atol=1e-5)
 
 
@@ -348,7 +348,7 @@ def test_an_attention_that_is_not_there_is_explained(write_checkpoint: Callable[
 def test_a_family_without_rotation_loads_unrotated_and_says_why_it_does_not_rotate(
     write_checkpoint: Callable[..., Path], tokens: Tensor
 ) -> None:
-    folder = write_checkpoint("gpt_neox")
+    folder = write_checkpoint("stablelm")
     assert torch.equal(load(folder).model(tokens).logits, plain_logits(folder, tokens))
     with pytest.raises(ModelError, match="not a known architecture"):
         load(folder, qat=PER_CHANNEL)

@@ -20,7 +20,7 @@ import json, re, sys
 import torch
 from qaft.bases.bnb import FourBitBase
 from qaft.models.load import load_model
-from qaft.recipe import ModelSection
+from qaft.sections import ModelSection
 
 def status(field):
     return 1024 * int(re.search(field + r":\\s+(\\d+)", open("/proc/self/status").read())[1])

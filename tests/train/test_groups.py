@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from qaft.errors import RecipeError
-from qaft.recipe import OptimSection
+from qaft.sections import OptimSection
 from qaft.train.groups import param_groups
 from qaft.train.optimizers import make_optimizer
 from qaft.train.schedules import make_scheduler

@@ -140,7 +140,7 @@ class NanSource:
         self.call += 1
         if self.call == self.bad_call:
             loss = loss * self.value
-            self.params_at_bad_call = [param.detach().clone() for param in params]
+            self.params_at_bad_call = [param.detach().clone() for param in params.values()]
         return GradientEstimate(loss, loss.detach())
 
     def state_dict(self) -> dict[str, Any]:

@@ -61,6 +61,14 @@ def test_generator_comes_back_when_the_block_fails() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_whoever_acts_on_some_steps_only_is_told_the_step_before_the_forward_pass(tmp_path: Any) -> None:
+    run, told = make_run(tmp_path), []
+    objective = Objective(on_step=told.append)
+    run.engine.module.register_forward_pre_hook(lambda *_: told.append("forward"))
+    objective(run.engine, replace(first_batch(), step=7), seed=0)
+    assert told == [7, "forward"]
+
+
 def test_step_without_targets_is_an_error_that_names_the_step(tmp_path: Any) -> None:
     run = make_run(tmp_path)
     with pytest.raises(DataError, match=r"step 0: no position carries loss.*data.train_on"):

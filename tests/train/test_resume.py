@@ -115,7 +115,7 @@ class NoisySource:
         loss = closure()
         self.calls += 1
         self.memory.add_(torch.rand(3))
-        noise = sum((p * torch.randn_like(p)).sum() for p in params)
+        noise = sum((p * torch.randn_like(p)).sum() for p in params.values())
         return GradientEstimate(loss + 0.1 * self.calls * self.memory.sum() * noise, loss.detach())
 
     def state_dict(self) -> dict[str, Any]:

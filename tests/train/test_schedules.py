@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qaft.errors import RecipeError
-from qaft.recipe import OptimSection
+from qaft.sections import OptimSection
 from qaft.train.schedules import make_scheduler, schedule_factor, warmup_steps
 
 

@@ -153,7 +153,7 @@ def make_run(
     console: Any = None,
     **train: Any,
 ) -> TrainRun:
-    """The composition that ``qaft.build`` makes, on a tiny model."""
+    """The composition that ``qaft.training`` makes, on a tiny model."""
     recipe = tiny_recipe(optim, output=str(folder), **train)
     module = CausalLoss(model if model is not None else TinyCausalLM())
     params = {name: param for name, param in module.model.named_parameters() if param.requires_grad}
@@ -199,7 +199,8 @@ class TwoPoint:
     needs_backward = False
     eps = 1e-2
 
-    def __call__(self, closure: Any, params: Sequence[nn.Parameter]) -> GradientEstimate:
+    def __call__(self, closure: Any, named: Mapping[str, nn.Parameter]) -> GradientEstimate:
+        params = tuple(named.values())
         generator = torch.Generator().manual_seed(4)
         directions = [torch.randn(p.shape, generator=generator) for p in params]
         with torch.no_grad():
