@@ -11,6 +11,7 @@ if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; th
     "$python" -m pytest -m gpu tests
     "$python" tests/benchmarks/against_peft.py --model "$model" --batch 8 --length 1024 --steps 20 --rounds 2 \
         --out "$results/against_peft_gpu.md"
+    "$python" tests/benchmarks/head_loss.py --tokens 4096 --hidden 4096 --vocabulary 32000 --out "$results/head_loss_gpu.md"
 else
     "$python" tests/benchmarks/against_peft.py --model "$model" --steps 3 --rounds 1 --batch 1 --length 64
 fi
