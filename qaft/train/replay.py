@@ -81,10 +81,12 @@ def continue_journal(run: TrainRun, state: TrainState) -> TrainState:
     """
     journal = run.journal
     assert journal is not None
-    if not journal.path.exists():
+    file = read_journal(journal.path) if journal.path.exists() else None
+    # Rank 0 writes what the others have just looked for: here, and in ``start_state``.
+    run.engine.wait()
+    if file is None:
         journal.begin(state.step)
         return state
-    file = read_journal(journal.path)
     check_base(file, journal.base, journal.path)
     reached = file.header.start + len(file.records)
     if file.problem is not None:
@@ -94,7 +96,6 @@ def continue_journal(run: TrainRun, state: TrainState) -> TrainState:
         journal.begin(state.step)
         return state
     state = replay(run, state, file.records[state.step - file.header.start :])
-    run.engine.wait()
     journal.keep(file.lines)
     return state
 

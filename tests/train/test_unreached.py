@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,8 +17,9 @@ from typing import Any
 import pytest
 import torch
 from tiny_job import job
-from tiny_run import ENVIRONMENT, TinyBatches, TinyCausalLM, TinyDecoder, make_run, values
+from tiny_run import TinyBatches, TinyCausalLM, TinyDecoder, make_run, values
 from torch import Tensor, nn
+from two_ranks import run_ranks
 
 from qaft.build import Run, build_run
 from qaft.recipe import parse_recipe
@@ -127,24 +126,7 @@ def together(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     for kind, variant in CASES:
         (folder / f"{kind}-{variant}").mkdir()
         job(tiny_llama, folder / f"{kind}-{variant}")  # one process writes the rows
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    paths = os.pathsep.join([str(Path(__file__).parents[1]), ENVIRONMENT["PYTHONPATH"]])
-    environment = {**ENVIRONMENT, **world, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder), str(tiny_llama)],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]
-    try:
-        assert [process.wait(timeout=180) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
+    run_ranks(Path(__file__), str(folder), str(tiny_llama))
     return folder
 
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +11,8 @@ import torch
 import zeroth_order_ranks
 from safetensors.torch import load_file
 from tiny_job import quiet, train
-from tiny_run import ENVIRONMENT
 from torch import nn
+from two_ranks import run_ranks
 from zeroth_order_ranks import CASES, recipe
 
 from qaft.build import restore_run
@@ -33,24 +29,7 @@ def together(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path
     folder = tmp_path_factory.mktemp("ranks")
     for name in CASES:
         recipe(tiny_llama, folder / name)  # one process writes the rows
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    paths = os.pathsep.join([str(Path(__file__).parents[1]), ENVIRONMENT["PYTHONPATH"]])
-    environment = {**ENVIRONMENT, **world, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, zeroth_order_ranks.__file__, str(folder), str(tiny_llama)],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]
-    try:
-        assert [process.wait(timeout=90) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
+    run_ranks(Path(zeroth_order_ranks.__file__), str(folder), str(tiny_llama))
     return folder
 
 
