@@ -5,13 +5,11 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from qaft.errors import RecipeError
 from qaft.gradients.base import Parameters
 from qaft.gradients.two_point import PROBE, TwoPointSource
-from qaft.philox import key_of, signs
 
 Policy = Literal["bank", "growing"]
 Compat = Literal["fixed", "paper", "official"]
@@ -77,12 +75,6 @@ class BlockSource(TwoPointSource):
             )
         suffix = f".blocks.{turn % count}"
         return {name: param for name, param in params.items() if name.endswith(suffix)}
-
-    def draw(self, active: Parameters, *, seed: int, step: int, number: int, purpose: str) -> dict[str, Tensor]:
-        """Return U: signs, equal on every device."""
-        shapes: dict[str, torch.Size] = {name: param.shape for name, param in active.items()}
-        device = next(iter(active.values())).device
-        return signs(shapes, key=key_of(seed, purpose, number), step=step, device=device)
 
     def gradient(self, active: Parameters, *, seed: int, step: int, scalars: tuple[float, ...]) -> dict[str, Tensor]:
         """Return ``c U``, over the rank in the paper's convention."""

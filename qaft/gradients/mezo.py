@@ -11,7 +11,7 @@ Source: arXiv 2305.17333, algorithm 1.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qaft.gradients.base import Parameters
 from qaft.gradients.two_point import TwoPointSource
@@ -42,10 +42,6 @@ class Mezo(TwoPointSource):
         outlier: float | None = 20.0,
     ) -> None:
         super().__init__(epsilon=epsilon, directions=directions, shared=shared, outlier=outlier)
-
-    def active(self, params: Parameters, step: int) -> dict[str, nn.Parameter]:
-        """Return all parameters."""
-        return dict(params)
 
     def draw(self, active: Parameters, *, seed: int, step: int, number: int, purpose: str) -> dict[str, Tensor]:
         """Return normal numbers; each parameter has its own generator, so that it depends on no other."""

@@ -8,11 +8,7 @@ signs have the smallest variance of all distributions that are allowed there.
 
 from __future__ import annotations
 
-from torch import Tensor, nn
-
-from qaft.gradients.base import Parameters
 from qaft.gradients.two_point import TwoPointSource
-from qaft.philox import key_of, signs
 
 
 class Spsa(TwoPointSource):
@@ -37,13 +33,3 @@ class Spsa(TwoPointSource):
         outlier: float | None = 20.0,
     ) -> None:
         super().__init__(epsilon=epsilon, directions=directions, shared=shared, outlier=outlier)
-
-    def active(self, params: Parameters, step: int) -> dict[str, nn.Parameter]:
-        """Return all parameters."""
-        return dict(params)
-
-    def draw(self, active: Parameters, *, seed: int, step: int, number: int, purpose: str) -> dict[str, Tensor]:
-        """Return signs, equal on every device."""
-        shapes = {name: param.shape for name, param in active.items()}
-        device = next(iter(active.values())).device
-        return signs(shapes, key=key_of(seed, purpose, number), step=step, device=device)

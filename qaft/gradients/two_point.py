@@ -10,7 +10,6 @@ the targets of the whole step, so that the sum estimates the gradient of the mea
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from qaft.gradients.base import Closure, GradientEstimate, Parameters
 from qaft.gradients.epsilon import Epsilon, check_epsilon, choose_epsilon
 from qaft.gradients.projection import StepSums
+from qaft.philox import key_of, signs
 
 PROBE = "probe"
 """Purpose of the random numbers that the loss is probed with."""
@@ -28,7 +28,7 @@ _MEMORY = 100
 _WARMUP = 10
 
 
-class TwoPointSource(ABC):
+class TwoPointSource:
     """A gradient from losses alone.
 
     Args:
@@ -59,13 +59,18 @@ class TwoPointSource(ABC):
         self._mean_size, self._sizes = 0.0, 0
         self._sums: StepSums | None = None
 
-    @abstractmethod
     def active(self, params: Parameters, step: int) -> dict[str, nn.Parameter]:
-        """Return the parameters that are perturbed and trained at a step."""
+        """Return the parameters that are perturbed and trained at a step: all, unless a source says otherwise."""
+        return dict(params)
 
-    @abstractmethod
     def draw(self, active: Parameters, *, seed: int, step: int, number: int, purpose: str) -> dict[str, Tensor]:
-        """Return the direction of this number for all parameters of ``active``: new fp32 tensors, equal every time."""
+        """Return the direction of this number for all parameters of ``active``: new fp32 tensors, equal every time.
+
+        Signs, equal on every device, unless a source draws otherwise.
+        """
+        shapes: dict[str, torch.Size] = {name: param.shape for name, param in active.items()}
+        device = next(iter(active.values())).device
+        return signs(shapes, key=key_of(seed, purpose, number), step=step, device=device)
 
     def gradient(self, active: Parameters, *, seed: int, step: int, scalars: tuple[float, ...]) -> dict[str, Tensor]:
         """Return ``sum_g c_g u_g`` by name, added in fp32 in the order of g."""

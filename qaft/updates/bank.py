@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from qaft.bases.base import LinearSpec, Matmul
 from qaft.philox import key_of, pack_bits, signs, unpack_signs
 from qaft.updates.base import LowRankFactors, Update
+from qaft.updates.factors import check_rank
 
 
 class Bank(Update):
@@ -44,12 +45,7 @@ class Bank(Update):
 
     def __init__(self, spec: LinearSpec, *, rank: int = 2, blocks: int = 32) -> None:
         super().__init__()
-        limit = min(spec.out_features, spec.in_features)
-        if not 1 <= rank <= limit:
-            raise ValueError(
-                f"{spec.name}: rank={rank} must be in [1, {limit}] "
-                f"for a [{spec.out_features}, {spec.in_features}] weight"
-            )
+        check_rank(spec, rank)
         if blocks < 1:
             raise ValueError(f"{spec.name}: blocks={blocks} must be at least 1; rank x blocks bounds the update's rank")
         self.in_features, self.rank = spec.in_features, rank
