@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qaft.errors import QaftError
-from qaft.ranks import join_launcher, lost_peer, rank, wait_for_launcher, world_size
+from qaft.ranks import end_failed, join_launcher, lost_peer, rank, wait_for_launcher, world_size
 
 if TYPE_CHECKING:
     from qaft.recipe import Recipe
@@ -225,11 +226,13 @@ def main(arguments: list[str] | None = None) -> None:
         app(args=arguments)
     except Exception as error:
         wait_for_launcher(error)
+        code = getattr(error, "exit_code", 1)
         if "--debug" in arguments or not (isinstance(error, (QaftError, OSError, MemoryError)) or lost_peer(error)):
-            raise
-        where = f"rank {rank()}: " if world_size() > 1 else ""
-        print(f"{where}{type(error).__name__}: {describe(error)}", file=sys.stderr)
-        raise SystemExit(getattr(error, "exit_code", 1)) from None
+            traceback.print_exc()
+        else:
+            where = f"rank {rank()}: " if world_size() > 1 else ""
+            print(f"{where}{type(error).__name__}: {describe(error)}", file=sys.stderr)
+        end_failed(code)
 
 
 def describe(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 
 import torch
@@ -16,7 +17,8 @@ _ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE":
 def connect(device: torch.device) -> None:
     """Connect this process to the others of its job; a process that is alone becomes a group of one.
 
-    Tensors on GPUs go through NCCL, those in host memory through gloo. Does nothing the second time.
+    Tensors on GPUs go through NCCL, those in host memory through gloo. Does nothing the second time. A process that
+    ends leaves the group before its interpreter does.
 
     Args:
         device: where this process computes.
@@ -27,6 +29,8 @@ def connect(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
+    # A thread of gloo that lets go of a tensor while the interpreter ends aborts the process, whatever its exit code.
+    atexit.register(_leave)
     if world_size() > 1:
         dist.init_process_group(backend)
         return
@@ -34,3 +38,8 @@ def connect(device: torch.device) -> None:
     for name, value in _ALONE.items():
         os.environ.setdefault(name, value)
     dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

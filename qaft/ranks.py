@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+from typing import NoReturn
 
 LOST_PEER_SECONDS = 20.0
 """How long a process that lost another one waits for its launcher; deepspeed's looks once a second."""
@@ -64,3 +65,16 @@ def wait_for_launcher(error: BaseException) -> None:
         time.sleep(LOST_PEER_SECONDS)
     elif int(os.environ.get("LOCAL_RANK", 0)) != 0:
         time.sleep(TWIN_SECONDS)
+
+
+def end_failed(code: int) -> NoReturn:
+    """End this process with an exit code that is not 0.
+
+    One of several processes ends at once: leaving the group would wait for a collective that the others never join, and
+    staying in it while the interpreter ends can abort the process with another code than its own.
+    """
+    if world_size() == 1:
+        raise SystemExit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 import sys
 import time
@@ -70,8 +72,41 @@ def test_a_rank_waits_for_those_that_speak_before_it(
     assert sum(slept) == seconds
 
 
+IN_A_GROUP = """
+import atexit, os, sys
+import torch, torch.distributed as dist
+from qaft.distributed import connect
+from qaft.ranks import end_failed
+
+atexit.register(lambda: print("in a group:", dist.is_initialized(), flush=True))  # runs after what comes later
+connect(torch.device("cpu"))
+if sys.argv[1:]:
+    end_failed(int(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize(("arguments", "code", "output"), [((), 0, "in a group: False\n"), (("7",), 7, "")])
+def test_no_rank_is_in_a_group_when_its_interpreter_ends(arguments: tuple[str, ...], code: int, output: str) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ends = [
+        subprocess.Popen(
+            [sys.executable, "-c", IN_A_GROUP, *arguments],
+            env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=120)[0] for process in ends]
+    assert ([process.returncode for process in ends], outputs) == ([code, code], [output, output])
+
+
 def test_a_rank_names_itself(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     job(monkeypatch, RANK=5, WORLD_SIZE=8, LOCAL_RANK=0)
+    monkeypatch.setattr(os, "_exit", sys.exit)
     with pytest.raises(SystemExit) as end:
         main(["train", "nowhere.yaml"])
     assert end.value.code == 2
