@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +17,11 @@ from torch import Tensor
 
 from qaft.arch import FAMILIES, arch_of, heads_of
 from qaft.bases.base import FrozenLinear, LinearSpec
-from qaft.data.loaders import train_batches
+from qaft.choices import entry_choice, entry_places, layer_scores
 from qaft.errors import RecipeError, TrainingError
 from qaft.gradients import SOURCES
 from qaft.layers.adapted import AdaptedLinear
-from qaft.layers.attach import attach, frozen_layers, load_trainables
+from qaft.layers.attach import attach, load_trainables
 from qaft.models.load import LoadedModel, linear_names, load_model
 from qaft.models.online import put_online
 from qaft.models.sharing import Sharing, shared_source
@@ -34,19 +32,9 @@ from qaft.regularizers import REGULARIZERS
 from qaft.rotations import cache_quantizer, choice_of, input_quantizer, with_rotations
 from qaft.sections import KindSection
 from qaft.selection import SELECTORS
-from qaft.selection.capture import LayerScores, capture_scores
-from qaft.selection.gradients import largest_gradients
+from qaft.selection.capture import LayerScores
 from qaft.train.checkpoint import latest_checkpoint, read_checkpoint
-from qaft.train.loss import CausalLoss
-from qaft.train.objective import model_inputs
 from qaft.updates import UPDATES
-from qaft.updates.entries import EntryChoice
-
-CALIBRATION_BATCHES = 16
-"""Micro-batches for scores of rows and columns; RoCoFT uses about 200 samples."""
-
-GRADIENT_BATCHES = 8
-"""Micro-batches over which gradients are summed to choose entries; SIFT takes those of one optimizer step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +78,7 @@ def check_recipe(recipe: Recipe) -> None:
     ]
     for where, registry, section in parts:
         check_options(lookup(registry, section.kind, where=where), section.options, where=where)
-    _entry_choice(recipe)
+    entry_choice(recipe)
 
 
 def build_run(
@@ -128,8 +116,8 @@ def build_run(
         seed=recipe.train.seed,
         share=share,
     )
-    scores = sharing.value(lambda: _scores(recipe, loaded, selected, calibrate=calibrate))
-    places = _places(recipe, loaded, selected, sharing, calibrate=calibrate)
+    scores = sharing.value(lambda: layer_scores(recipe, loaded, selected, calibrate=calibrate))
+    places = entry_places(recipe, loaded, selected, sharing, calibrate=calibrate)
     layers = attach(loaded.model, selected, _adapter(recipe, loaded, scores, places))
     _tie(recipe, loaded, layers)
     _put_online(recipe, loaded)
@@ -218,65 +206,6 @@ def _adapter(
         return AdaptedLinear(base, update, quantizer=quantizer)
 
     return adapt
-
-
-def _scores(
-    recipe: Recipe, loaded: LoadedModel, selected: tuple[str, ...], *, calibrate: bool
-) -> dict[str, LayerScores]:
-    cls = lookup(UPDATES, recipe.update.kind, where="update")
-    if not cls.wants_scores(**recipe.update.options):
-        return {}
-    layers = _selected_layers(loaded, selected)
-    if not calibrate:
-        return {n: LayerScores(torch.zeros(m.out_features), torch.zeros(m.in_features)) for n, m in layers.items()}
-    return capture_scores(layers, _calibration_batches(recipe, loaded, CALIBRATION_BATCHES), _loss_on(loaded))
-
-
-def _places(
-    recipe: Recipe, loaded: LoadedModel, selected: tuple[str, ...], sharing: Sharing, *, calibrate: bool
-) -> dict[str, Tensor]:
-    """Return the entries of each selected weight that the update trains, where it wants them chosen."""
-    choice = _entry_choice(recipe)
-    if choice is None or choice.by == "random":
-        return {}
-    layers = _selected_layers(loaded, selected)
-    if not calibrate:
-        counts = {n: choice.count(m.out_features * m.in_features) for n, m in layers.items()}
-        return {n: torch.arange(count, dtype=torch.int32) for n, count in counts.items()}
-    chosen: dict[str, Tensor] = {}
-
-    def choose() -> None:
-        if choice.by == "magnitude":
-            chosen.update({n: choice.largest(m.dequantize()) for n, m in layers.items()})
-            return
-        loaded.model.requires_grad_(False)
-        batches = partial(_calibration_batches, recipe, loaded, GRADIENT_BATCHES)
-        chosen.update(largest_gradients(layers, choice, batches, _loss_on(loaded)))
-
-    sharing.value(choose)
-    return {name: sharing.tensor(lambda name=name: chosen[name]).cpu() for name in layers}
-
-
-def _entry_choice(recipe: Recipe) -> EntryChoice | None:
-    try:
-        return lookup(UPDATES, recipe.update.kind, where="update").entry_choice(**recipe.update.options)
-    except ValueError as error:
-        raise RecipeError(f"update: {error}") from error
-
-
-def _selected_layers(loaded: LoadedModel, selected: tuple[str, ...]) -> dict[str, FrozenLinear]:
-    return {name: layer for name, layer in frozen_layers(loaded.model).items() if name in set(selected)}
-
-
-def _calibration_batches(recipe: Recipe, loaded: LoadedModel, count: int) -> Iterator[Any]:
-    return islice(train_batches(recipe.data, recipe.train, loaded.tokenizer).from_step(0), count)
-
-
-def _loss_on(loaded: LoadedModel) -> Callable[[Any], Tensor]:
-    """Return the loss of the model on a batch."""
-    loss = CausalLoss(loaded.model)
-    device = next(loaded.model.parameters()).device
-    return lambda batch: loss(**{k: v.to(device) for k, v in model_inputs(batch).items() if v is not None})
 
 
 def restore_run(folder: str | Path, *, device: torch.device | None = None) -> Run:

@@ -20,7 +20,7 @@ LEVELS = [
     {"commands"},
     {"training"},
     {"build", "plan"},
-    {"rotations"},
+    {"rotations", "choices"},
     {"train", "export", "selection", "data", "regularizers", "evaluate"},
     {"models"},
     {"layers"},

@@ -10,7 +10,7 @@ import torch
 from tiny_job import ROWS, job, train, write_rows
 from torch import Tensor
 
-import qaft.build
+import qaft.choices
 from qaft.build import Run, restore_run
 from qaft.errors import IncompatibleError, TargetError
 from qaft.train.checkpoint import checkpoint_path, read_checkpoint, write_checkpoint
@@ -83,7 +83,7 @@ def test_two_steps_and_two_after_a_resume_equal_four_bit_for_bit(
         interrupt_after(2, patched)
         with pytest.raises(Interrupted):
             train(parts)
-    monkeypatch.setattr(qaft.build, "capture_scores", _no_calibration)
+    monkeypatch.setattr(qaft.choices, "capture_scores", _no_calibration)
     resumed = train(parts)
     assert_equal(chosen(resumed), chosen(expected))
     assert_equal(weights(resumed), weights(expected))

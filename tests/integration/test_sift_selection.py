@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_job import job, train
 
-import qaft.build
+import qaft.choices
 from qaft.build import Run, build_run, restore_run
 from qaft.errors import RecipeError
 from qaft.recipe import parse_recipe
@@ -30,8 +30,8 @@ def test_the_first_gradients_are_the_largest_of_the_dense_ones(tiny_llama: Path,
     sparse = build_run(parse_recipe(recipe(tiny_llama, tmp_path, entries=entries)))
     dense = build_run(parse_recipe({**recipe(tiny_llama, tmp_path), "update": {"kind": "dense"}}))
     # One batch holds all rows, and the order of rows changes no sum.
-    batch = next(qaft.build._calibration_batches(dense.recipe, dense.loaded, 1))
-    qaft.build._loss_on(dense.loaded)(batch).backward()
+    batch = next(qaft.choices._calibration_batches(dense.recipe, dense.loaded, 1))
+    qaft.choices._loss_on(dense.loaded)(batch).backward()
     choice = next(iter(sparse.layers.values())).update.entry_choice(rate=0.05, entries=entries)
     for name, layer in dense.layers.items():
         gradient = layer.update.delta.grad
@@ -55,7 +55,7 @@ def test_magnitude_needs_no_pass_over_the_data(
     def no_pass(*_: object) -> None:
         raise AssertionError("the weights are all that is looked at")
 
-    monkeypatch.setattr(qaft.build, "largest_gradients", no_pass)
+    monkeypatch.setattr(qaft.choices, "largest_gradients", no_pass)
     run = build_run(parse_recipe(recipe(tiny_llama, tmp_path, choose="magnitude")))
     for layer in run.layers.values():
         magnitude = layer.base.dequantize().abs().flatten()
