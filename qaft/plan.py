@@ -27,7 +27,7 @@ from torch import nn
 
 from qaft.bases.base import LinearSpec
 from qaft.bases.sizes import storage_bytes
-from qaft.compat import PARTITIONABLE
+from qaft.compat.training import PARTITIONABLE
 from qaft.models.layers import frozen_quantizer
 from qaft.models.skeleton import block_linears, empty_model
 from qaft.models.source import config_of

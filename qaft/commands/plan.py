@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from qaft.compat import PARTITIONABLE
+from qaft.compat.training import PARTITIONABLE
 from qaft.plan import ENGINES, footprint, model_size, optimizer_state_bytes
 from qaft.recipe import Recipe
 

@@ -16,7 +16,7 @@ would broadcast them once more.
 Gradients: the loss is already divided by the targets of the whole step (``objective.py``), so DeepSpeed must not divide
 by the micro-batches again; it averages over ranks as the other engine does.
 
-Updates of partitioned parameters are element by element (``qaft/compat.py`` refuses the optimizers that are not), so
+Updates of partitioned parameters are element by element (``qaft/compat/`` refuses the optimizers that are not), so
 every stage takes the steps that one process takes.
 """
 

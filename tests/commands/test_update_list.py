@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from qaft.commands.update_list import num_trainable, update_table
-from qaft.compat import UNBOUNDED_RANK
+from qaft.compat.exports import UNBOUNDED_RANK
 from qaft.updates import UPDATES
 
 COUNTS = {

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from qaft.bases.base import FrozenLinear, LinearSpec
 from qaft.bases.dense import DenseBase
-from qaft.compat import UNBOUNDED_RANK
+from qaft.compat.exports import UNBOUNDED_RANK
 from qaft.layers.adapted import AdaptedLinear
 from qaft.quant.affine import Affine
 from qaft.updates import UPDATES

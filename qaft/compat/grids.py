@@ -1,0 +1,27 @@
+"""Which storages and grids exclude each other."""
+
+from __future__ import annotations
+
+from qaft.compat.rule import Rule
+
+GRIDS: tuple[Rule, ...] = (
+    Rule(
+        "int4 storage x grid other than int",
+        lambda r: r.model.storage == "int4" and r.qat is not None and r.qat.weights.kind != "int",
+        "storage int4 takes its grid from qat.weights, which holds no integers with a scale per group here",
+        "set model.storage to nf4, or qat.weights.kind to int",
+    ),
+    Rule(
+        "int4 storage x another bit width",
+        lambda r: r.model.storage == "int4" and r.qat is not None and r.qat.weights.bits != 4,
+        "storage int4 takes its grid from qat.weights, which has another width",
+        "set qat.weights.bits to 4, or model.storage to int8_group (8 bits) or bf16",
+    ),
+    Rule(
+        "double quantization x storage without block scales",
+        lambda r: r.model.double_quant and r.model.storage not in ("nf4", "fp4"),
+        "only nf4 and fp4 have block scales to quantize again",
+        "set model.double_quant to false, or model.storage to nf4 or fp4",
+    ),
+)
+"""Rules of ``model`` and ``qat``."""
