@@ -16,6 +16,7 @@ from qaft.data.batches import Batch, make_batch
 from qaft.data.files import Provenance
 from qaft.data.samples import Sample
 from qaft.errors import IncompatibleError
+from qaft.layers.mode import evaluating
 
 SAMPLE_TOKENS = 8
 """Length of the probe samples: two fill a row."""
@@ -35,14 +36,10 @@ def check_isolation(model: nn.Module, *, vocab_size: int) -> None:
     Raises:
         IncompatibleError: they depend on it, so packing would train every sample on its neighbour.
     """
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         first = _second_samples(model, vocab_size, shift=0)
         again = _second_samples(model, vocab_size, shift=0)
         other = _second_samples(model, vocab_size, shift=1)
-    finally:
-        model.train(was_training)
     noise = float((first - again).abs().max())
     leak = float((first - other).abs().max())
     if not leak <= NOISE_FACTOR * noise:

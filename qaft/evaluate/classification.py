@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qaft.errors import DataError
 from qaft.evaluate.head import TokenScorer
+from qaft.layers.mode import evaluating
 
 
 class ClassificationItem(Protocol):
@@ -62,18 +63,14 @@ def verbalizer_accuracy(model: Any, items: Iterable[ClassificationItem], *, batc
     Raises:
         DataError: there is no item, or a prompt or an option has no token.
     """
-    was_training = model.training
-    model.eval()
     predictions: list[int] = []
     correct, pending = 0, iter(items)
-    try:
+    with evaluating(model):
         scorer = TokenScorer(model)
         while batch := list(islice(pending, batch_size)):
             chosen = [int(torch.stack(scores).argmax()) for scores in _scores(scorer, batch)]
             predictions += chosen
             correct += sum(option == item.label for option, item in zip(chosen, batch, strict=True))
-    finally:
-        model.train(was_training)
     if not predictions:
         raise DataError("there is no item to classify")
     return Accuracy(correct, len(predictions), tuple(predictions))

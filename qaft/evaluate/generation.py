@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qaft.errors import DataError
 from qaft.evaluate.unpacked import unpacked
+from qaft.layers.mode import evaluating
 
 
 class GenerationItem(Protocol):
@@ -100,19 +101,14 @@ def generate(
     """
     if any(not len(prompt) for prompt in prompts):
         raise DataError("a prompt has no token, so nothing can follow it")
-    was_training = model.training
-    model.eval()
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: list[list[int]] = [[] for _ in prompts]
-    try:
-        with unpacked(model):
-            for start in range(0, len(order), batch_size):
-                batch = order[start : start + batch_size]
-                generated = _generate_batch(model, [prompts[i] for i in batch], max_new_tokens, stop_ids)
-                for index, answer in zip(batch, generated, strict=True):
-                    answers[index] = answer
-    finally:
-        model.train(was_training)
+    with evaluating(model), unpacked(model):
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            generated = _generate_batch(model, [prompts[i] for i in batch], max_new_tokens, stop_ids)
+            for index, answer in zip(batch, generated, strict=True):
+                answers[index] = answer
     return answers
 
 

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 from qaft.errors import RecipeError
+from qaft.layers.mode import evaluating
 
 
 def harness_results(
@@ -32,13 +33,9 @@ def harness_results(
         raise RecipeError(f"tasks need the extra eval ({error}): pip install qaft[eval]") from error
     if unknown := [task for task in tasks if task not in manager.all_tasks]:
         raise RecipeError(f"tasks={', '.join(unknown)}: not known to lm-eval; list them with: lm-eval ls tasks")
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         lm = huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         found = lm_eval.simple_evaluate(model=lm, tasks=list(tasks), limit=limit, task_manager=manager)
-    finally:
-        model.train(was_training)
     return {task: _numbers(row) for task, row in found["results"].items()}
 
 

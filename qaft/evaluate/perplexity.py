@@ -17,6 +17,7 @@ from torch import Tensor
 from qaft.data.samples import IGNORE_INDEX, Sample
 from qaft.errors import DataError
 from qaft.evaluate.head import TokenScorer
+from qaft.layers.mode import evaluating
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,7 @@ def samples_perplexity(model: Any, samples: Iterable[Sample], *, max_length: int
 
 @torch.no_grad()
 def _perplexity(model: Any, pairs: Iterable[tuple[Tensor, Tensor]], batch_size: int) -> Perplexity:
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         scorer = TokenScorer(model)
         nll, tokens, pending = 0.0, 0, iter(pairs)
         while batch := list(islice(pending, batch_size)):
@@ -97,8 +96,6 @@ def _perplexity(model: Any, pairs: Iterable[tuple[Tensor, Tensor]], batch_size: 
                 wanted = targets != IGNORE_INDEX
                 nll -= float(scorer.log_probs(row[: len(targets)][wanted], targets[wanted]).double().sum())
                 tokens += int(wanted.sum())
-    finally:
-        model.train(was_training)
     if not tokens:
         raise DataError("no token carries loss, so there is no perplexity; check data.train_on and data.max_length")
     return Perplexity(nll, tokens)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qaft.errors import TrainingError
 from qaft.gradients.base import Direction, PairedLosses
 from qaft.layers.adapted import AdaptedLinear
+from qaft.layers.mode import evaluating
 from qaft.layers.probe import probed, row_shares
 from qaft.train.loss import IGNORE_INDEX
 from qaft.train.objective import MicroBatch, Objective, model_inputs
@@ -73,7 +73,7 @@ class BatchClosure:
         count, rows = int(examples.max()) + 1, len(examples)
         layers = {name: m for name, m in self.objective.layers.items() if isinstance(m, AdaptedLinear)}
         inputs = {k: None if v is None else torch.cat([v, v]) for k, v in model_inputs(self.batch).items()}
-        with torch.inference_mode(), _evaluating(self.engine.module), probed(layers, directions, epsilon, rows=rows):
+        with torch.inference_mode(), evaluating(self.engine.module), probed(layers, directions, epsilon, rows=rows):
             sums = self.engine(**inputs, groups=torch.cat([examples, examples + count]))
         if sums.dtype in (torch.float16, torch.bfloat16):
             raise TrainingError(
@@ -115,13 +115,3 @@ def _directions(examples: Tensor, directions: int) -> Tensor:
         of_row[share.start : share.stop] = index
     first_of_row, last_of_row = examples[:, 0], examples[:, -1]
     return of_row.repeat_interleave(last_of_row - first_of_row + 1)
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(training)

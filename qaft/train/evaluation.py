@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qaft.errors import DataError
+from qaft.layers.mode import evaluating
 from qaft.train.objective import MicroBatch, local_targets, model_inputs
 
 if TYPE_CHECKING:
@@ -31,16 +32,12 @@ def evaluate(
         DataError: no position of any batch carries loss.
     """
     total, targets, stopped = 0.0, 0, False
-    engine.module.eval()
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                if stopped := interrupted():
-                    break
-                total += float(engine(**model_inputs(batch)))
-                targets += local_targets(batch)
-    finally:
-        engine.module.train()
+    with evaluating(engine.module), torch.no_grad():
+        for batch in batches:
+            if stopped := interrupted():
+                break
+            total += float(engine(**model_inputs(batch)))
+            targets += local_targets(batch)
     sums = engine.sum_over_ranks(torch.tensor([total, targets, stopped], dtype=torch.float64)).tolist()
     if sums[2]:
         return None

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qaft.errors import ModelError
+from qaft.layers.mode import evaluating
 
 IGNORE_INDEX = -100
 """Label of a position without loss, as in transformers."""
@@ -245,11 +246,10 @@ class CausalLoss(nn.Module):
         """
         embeddings = self.model.get_input_embeddings()
         tokens = torch.arange(8, device=next(embeddings.parameters()).device)[None] % embeddings.num_embeddings
-        was_training = self.training
-        self.eval()
-        theirs = self.model(input_ids=tokens, use_cache=False).logits.float()
-        ours = _softcapped(self.model.get_output_embeddings()(self._hidden(tokens, None, None)).float(), self.softcap)
-        self.train(was_training)
+        with evaluating(self):
+            theirs = self.model(input_ids=tokens, use_cache=False).logits.float()
+            hidden = self._hidden(tokens, None, None)
+            ours = _softcapped(self.model.get_output_embeddings()(hidden).float(), self.softcap)
         if not bool(theirs.isfinite().all()):
             raise ModelError(
                 f"{type(self.model).__name__}: the logits of the base model are not finite before any training; its "
