@@ -69,8 +69,7 @@ def entry_places(
         return {}
     layers = _selected_layers(loaded, selected)
     if not calibrate:
-        counts = {n: choice.count(m.out_features * m.in_features) for n, m in layers.items()}
-        return {n: torch.arange(count, dtype=torch.int32) for n, count in counts.items()}
+        return {n: choice.first(m.out_features * m.in_features) for n, m in layers.items()}
     chosen: dict[str, Tensor] = {}
 
     def choose() -> None:

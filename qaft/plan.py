@@ -166,6 +166,6 @@ def _update(recipe: Recipe, out_features: int, in_features: int) -> Update:
         dtype=getattr(torch, recipe.train.param_dtype),
         row_scores=torch.zeros(out_features),
         column_scores=torch.zeros(in_features),
-        places=None if choice is None else torch.arange(choice.count(out_features * in_features)),
+        places=None if choice is None else choice.first(out_features * in_features),
     )
     return build_from(UPDATES, recipe.update.kind, recipe.update.options, spec, where="update")

@@ -7,6 +7,7 @@ Shapes: O = out_features, I = in_features; x [..., I] -> y [..., O].
 
 from __future__ import annotations
 
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,6 +53,10 @@ class LinearSpec:
     reads: str | None = None
     input_scale: float = 1.0
     seed: int = 0
+
+    def generator(self) -> torch.Generator:
+        """Return a new generator of this layer's random numbers: the same ones whatever else is adapted."""
+        return torch.Generator().manual_seed(self.seed ^ zlib.crc32(self.name.encode()))
 
 
 class _FrozenMatmul(torch.autograd.Function):

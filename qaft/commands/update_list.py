@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from rich.table import Table
 
 from qaft.bases.base import LinearSpec
@@ -34,7 +33,7 @@ def num_trainable(cls: type[Update]) -> int:
 
 def _update(cls: type[Update], out_features: int, in_features: int) -> Update:
     choice = cls.entry_choice(**cls.typical)
-    places = None if choice is None else torch.arange(choice.count(out_features * in_features), dtype=torch.int32)
+    places = None if choice is None else choice.first(out_features * in_features)
     spec = LinearSpec(name="q_proj", out_features=out_features, in_features=in_features, places=places)
     return cls(spec, **cls.typical)
 

@@ -36,6 +36,10 @@ class EntryChoice:
         """Return n for a weight of ``numel`` entries."""
         return min(int(self.rate * numel / self.width) + 1, numel // self.width)
 
+    def first(self, numel: int) -> Tensor:
+        """Return the first n places, int32: as many as a choice has, where which ones does not matter."""
+        return torch.arange(self.count(numel), dtype=torch.int32)
+
     def largest(self, scores: Tensor) -> Tensor:
         """Return the n chosen places of ``scores`` [O, I], ascending, int32; place p starts at entry p * width."""
         places = scores.detach().float().reshape(-1, self.width).square().sum(1)

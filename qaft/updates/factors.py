@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import zlib
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +28,7 @@ def random_down(spec: LinearSpec, rank: int) -> Tensor:
 
     The layer's name is part of the seed, so that a layer starts the same whatever else is adapted.
     """
-    generator = torch.Generator().manual_seed(spec.seed ^ zlib.crc32(spec.name.encode()))
+    generator = spec.generator()
     down = torch.empty(rank, spec.in_features)
     nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
     return down.to(spec.dtype)

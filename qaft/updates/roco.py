@@ -11,7 +11,6 @@ Shapes: O = out_features, I = in_features, r = rows, c = columns.  dR [r, I], dC
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import ClassVar
@@ -56,7 +55,7 @@ class RoCo(Update):
             raise ValueError(f"{spec.name}: rows=0 and columns=0 leave nothing to train; try rows: 4")
         self.in_features, self.out_features = spec.in_features, spec.out_features
         self.scale = spec.input_scale
-        generator = torch.Generator().manual_seed(spec.seed ^ zlib.crc32(spec.name.encode()))
+        generator = spec.generator()
         row_indices = choose_indices(
             rows,
             spec.out_features,

@@ -11,7 +11,6 @@ Shapes: O = out_features, I = in_features, n places of w consecutive entries.  v
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping
 
 import torch
@@ -99,7 +98,7 @@ class Sift(Update):
 def _places(spec: LinearSpec, choice: EntryChoice) -> Tensor:
     numel = spec.out_features * spec.in_features
     if choice.by == "random":
-        return choice.random(numel, torch.Generator().manual_seed(spec.seed ^ zlib.crc32(spec.name.encode())))
+        return choice.random(numel, spec.generator())
     if spec.places is None:
         raise ValueError(f"{spec.name}: choose={choice.by!r} needs the entries of a selection pass; use random without")
     if spec.places.numel() != choice.count(numel):
