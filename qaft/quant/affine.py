@@ -130,12 +130,7 @@ class Affine(Quantizer):
         for rows in row_blocks(latents):
             zero_point = None if quantized.zero_point is None else quantized.zero_point[rows]
             self._dither_rows(latents[rows], QTensor(quantized.values[rows], quantized.scale[rows], zero_point))
-        if not self.quantize(latents).equals(quantized):
-            raise ValueError(
-                f"these codes and scales are no result of Affine({self.extra_repr()}), so no latent weight quantizes "
-                "to them: dequantize them, and quantize with this grid first"
-            )
-        return latents
+        return self._checked_dither(latents, quantized)
 
     def _dither_rows(self, latents: Tensor, quantized: QTensor) -> None:
         """Replace the dither u in ``latents`` [O, I] by ``s (q - z + u)``, with u restricted at the extremes."""

@@ -128,6 +128,15 @@ class Quantizer(nn.Module, ABC):
         """Whether ``dither`` exists: latents with given codes and scales can be constructed."""
         return True
 
+    def _checked_dither(self, latents: Tensor, quantized: QTensor) -> Tensor:
+        """Return ``latents`` when they quantize to exactly ``quantized``."""
+        if not self.quantize(latents).equals(quantized):
+            raise ValueError(
+                f"these codes and scales are no result of {type(self).__name__}({self.extra_repr()}), so no latent "
+                "weight quantizes to them: dequantize them, and quantize with this grid first"
+            )
+        return latents
+
     @abstractmethod
     def dither(self, quantized: QTensor, generator: torch.Generator) -> Tensor:
         """Return fp32 latents, off the grid, whose codes and scales are exactly ``quantized``, [O, I].

@@ -136,12 +136,7 @@ class _FP4(Quantizer):
             dithered = torch.where(negative, -dithered, dithered).unflatten(-1, (scale.shape[-1], -1))
             dithered = self._anchor(dithered, level.view_as(dithered))
             latents[rows] = (dithered * scale[rows].unsqueeze(-1)).flatten(1)
-        if not self.quantize(latents).equals(quantized):
-            raise ValueError(
-                f"these codes and scales are no result of {type(self).__name__}, so no latent weight quantizes to "
-                "them: dequantize them, and quantize with this grid first"
-            )
-        return latents
+        return self._checked_dither(latents, quantized)
 
     def extra_repr(self) -> str:
         """Return the constructor's arguments."""

@@ -136,12 +136,7 @@ class NF4(Quantizer):
             exact = extreme & (extreme.cumsum(-1) == 1)
             blocks.copy_(torch.where(exact, levels[indices].view_as(blocks), blocks))
             blocks.mul_(quantized.scale[rows].float().unsqueeze(-1))
-        if not self.quantize(latents).equals(quantized):
-            raise ValueError(
-                f"these codes and scales are no result of NF4({self.extra_repr()}), so no latent weight quantizes "
-                "to them: dequantize them, and quantize with this grid first"
-            )
-        return latents
+        return self._checked_dither(latents, quantized)
 
     def extra_repr(self) -> str:
         """Return the constructor's arguments."""

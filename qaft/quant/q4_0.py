@@ -99,12 +99,7 @@ class Q4_0(Quantizer):
             dither.copy_(torch.where(lowest, dither.abs(), dither))
             dither.masked_fill_(lowest & (lowest.cumsum(-1) == 1), 0.0)
             dither.add_(levels).mul_(scale)
-        if not self.quantize(latents).equals(quantized):
-            raise ValueError(
-                "these codes and scales are no result of Q4_0, so no latent weight quantizes to them: dequantize them, "
-                "and quantize with this grid first"
-            )
-        return latents
+        return self._checked_dither(latents, quantized)
 
     def extra_repr(self) -> str:
         """Return the constructor's arguments."""
