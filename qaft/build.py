@@ -161,12 +161,13 @@ def _put_online(recipe: Recipe, loaded: LoadedModel) -> None:
         put_online(loaded.model, arch_of(loaded.source.config), choice, inputs=inputs, cache=cache)
 
 
-def _folded_scales(loaded: LoadedModel) -> dict[str, float]:
-    """Return the root mean square of the norm weight that is folded into each linear layer."""
+def _folded_scale(loaded: LoadedModel, name: str) -> float:
+    """Return the root mean square of the norm weight that is folded into a linear layer; 1 where none is."""
     fusion = loaded.fusion
-    places = {} if fusion is None else fusion.places
-    gammas = {name: fusion.gamma(place, loaded.originals) for name, place in places.items() if fusion is not None}
-    return {name: float(gamma.pow(2).mean().sqrt()) for name, gamma in gammas.items() if gamma is not None}
+    if fusion is None or name not in fusion.places:
+        return 1.0
+    gamma = fusion.gamma(fusion.places[name], loaded.originals)
+    return 1.0 if gamma is None else float(gamma.pow(2).mean().sqrt())
 
 
 def _checkpoint_activations(loaded: LoadedModel) -> None:
@@ -180,7 +181,6 @@ def _adapter(
     recipe: Recipe, loaded: LoadedModel, scores: Mapping[str, LayerScores], places: Mapping[str, Tensor]
 ) -> Any:
     config = loaded.source.config
-    folded = _folded_scales(loaded)
     dtype = getattr(torch, recipe.model.dtype)
     quantizer = None if recipe.qat is None else build_quantizer(recipe.qat.weights, scale_dtype=dtype)
     known = config.model_type in FAMILIES
@@ -199,7 +199,7 @@ def _adapter(
             column_scores=score.columns if score else None,
             places=places.get(name),
             reads=norms.get(name),
-            input_scale=folded.get(name, 1.0),
+            input_scale=_folded_scale(loaded, name),
             seed=recipe.train.seed,
         )
         update = build_from(UPDATES, recipe.update.kind, recipe.update.options, spec, where="update")

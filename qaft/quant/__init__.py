@@ -65,5 +65,4 @@ def build_quantizer(grid: GridSection, *, scale_dtype: torch.dtype) -> Quantizer
             fused=grid.fused,
             scale_dtype=scale_dtype,
         )
-    formats = {"mxfp4": MXFP4, "nvfp4": NVFP4, "q4_0": Q4_0}
-    return formats[grid.kind](ste=grid.ste)
+    return QUANTIZERS[grid.kind](ste=grid.ste)

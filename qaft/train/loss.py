@@ -55,14 +55,21 @@ def _blocks(logits: Tensor) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, len(logits), rows)]
 
 
-def _replace_by_residual(logits: Tensor, chosen: Tensor, softcap: float | None, wide: torch.dtype) -> Tensor:
-    """Return the sum of losses of ``logits`` [rows, V] for targets ``chosen`` [rows, 1]; leaves dL/dlogits in place."""
+def _loss_of(
+    logits: Tensor, chosen: Tensor, softcap: float | None, wide: torch.dtype, *, leave_residual: bool
+) -> Tensor:
+    """Return the sum of losses of ``logits`` [rows, V] for targets ``chosen`` [rows, 1].
+
+    With ``leave_residual`` dL/dlogits takes the place of the logits.
+    """
     if softcap is None:
         slope, log_probs = None, torch.log_softmax(logits, dim=-1, dtype=wide)
     else:
         capped = _softcapped(logits.to(wide), softcap)
         slope, log_probs = 1 - (capped / softcap).square_(), torch.log_softmax(capped, dim=-1)
     loss = -log_probs.gather(1, chosen).sum()
+    if not leave_residual:
+        return loss
     residual = log_probs.exp_()
     residual.scatter_add_(1, chosen, residual.new_full(chosen.shape, -1.0))
     if slope is not None:
@@ -90,7 +97,8 @@ class _FrozenHeadLoss(torch.autograd.Function):
         for rows in _chunks(len(hidden), len(weight), logits_per_chunk):
             logits = F.linear(hidden[rows], weight, bias)  # [rows, V]
             for block in _blocks(logits):
-                total += _replace_by_residual(logits[block], targets[rows][block, None], softcap, wide)
+                chosen = targets[rows][block, None]
+                total += _loss_of(logits[block], chosen, softcap, wide, leave_residual=gradient is not None)
             if gradient is not None:
                 gradient[rows] = logits @ weight
         if gradient is not None:
