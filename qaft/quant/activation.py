@@ -11,6 +11,9 @@ round some values next to a boundary to the other side. Computed in fp32, and ro
 The scales follow the tokens and are constants in backward. The range includes 0, so that a constant vector has a scale
 (the paper's formula divides zero by zero there); a vector of zeros stays one.
 
+A CPU with a compiler and a GPU read and write x once (``native/token.cpp``, ``triton_token.py``), with the bits of the
+reference here.
+
 Source: RoSTE (arXiv 2502.09003), equation 6, with both ends of the range clipped as in its released code; vLLM
 ``csrc/quantization`` (dynamic per-token int8).
 Shapes: x [..., D].
@@ -18,14 +21,23 @@ Shapes: x [..., D].
 
 from __future__ import annotations
 
+import ctypes
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from qaft.native.build import address, library
+from qaft.native.gpu import on_triton
 from qaft.quant.base import row_blocks
 from qaft.quant.masks import check_mask, inside, wants_mask
+from qaft.quant.scales import quotient
 from qaft.quant.ste import straight_through
 
 _SMALLEST = torch.finfo(torch.float32).tiny
+
+_KERNELS = {torch.float32: "quantize_tokens_fp32", torch.bfloat16: "quantize_tokens_bf16"}
+"""What the C++ of CPUs has; the same numbers as the reference below."""
 
 
 class TokenQuantizer(nn.Module):
@@ -66,6 +78,12 @@ class TokenQuantizer(nn.Module):
             raise ValueError(f"x {list(x.shape)}: the last axis must hold at least one value")
         return straight_through(x, *self._quantized(x, masked=self.clip < 1 and wants_mask(x, self.ste)))
 
+    @torch.no_grad()
+    def codes(self, x: Tensor) -> Tensor:
+        """Return the integers that ``x`` is rounded to, q - z, int16 [..., D]: what a kernel multiplies."""
+        scale, low, high = self._range(x.float())
+        return torch.clamp((x.float() * (1 / scale)).round_(), low, high).to(torch.int16)
+
     def extra_repr(self) -> str:
         """Return the constructor's arguments."""
         return f"bits={self.bits}, symmetric={self.symmetric}, clip={self.clip}, ste={self.ste!r}"
@@ -73,8 +91,20 @@ class TokenQuantizer(nn.Module):
     @torch.no_grad()
     def _quantized(self, x: Tensor, *, masked: bool) -> tuple[Tensor, Tensor | None]:
         tokens = x.reshape(-1, x.shape[-1])
+        if x.device.type == "cpu" and x.dtype in _KERNELS and (kernels := library("token")) is not None:
+            return self._in_one_pass(getattr(kernels, _KERNELS[x.dtype]), tokens.contiguous(), x.shape, masked=masked)
+        if on_triton(x):
+            from qaft.quant.triton_token import MAX_WIDTH, fake_quantize_tokens
+
+            if x.shape[-1] <= MAX_WIDTH:
+                options = {"bits": self.bits, "symmetric": self.symmetric, "clip": self.clip, "ste": self.ste}
+                out, mask = fake_quantize_tokens(tokens, **options, masked=masked)
+                return out.view(x.shape), None if mask is None else mask.view(x.shape)
+        return self._in_torch(tokens, x.shape, masked=masked)
+
+    def _in_torch(self, tokens: Tensor, shape: torch.Size, *, masked: bool) -> tuple[Tensor, Tensor | None]:
         out = torch.empty_like(tokens)
-        mask = torch.empty(tokens.shape, dtype=torch.bool, device=x.device) if masked else None
+        mask = torch.empty(tokens.shape, dtype=torch.bool, device=tokens.device) if masked else None
         for rows in row_blocks(tokens):
             wide = tokens[rows].float()
             scale, low, high = self._range(wide)
@@ -85,18 +115,31 @@ class TokenQuantizer(nn.Module):
             # Unclipped symmetric values are within 2^-22 of the range: they round into it.
             levels = scaled if self.symmetric and self.clip == 1 else torch.clamp(scaled, low, high, out=scaled)
             out[rows] = levels.mul_(scale)
-        return out.view(x.shape), None if mask is None else mask.view(x.shape)
+        return out.view(shape), None if mask is None else mask.view(shape)
+
+    def _in_one_pass(
+        self, kernel: Any, tokens: Tensor, shape: torch.Size, *, masked: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        out = torch.empty_like(tokens)
+        mask = torch.empty(tokens.shape, dtype=torch.bool) if masked else None
+        top = self.q_max if self.symmetric else (1 << self.bits) - 1
+        margin = 0.5 if self.ste == "trust" else 0.0
+        sizes = (ctypes.c_long(size) for size in tokens.shape)
+        numbers = (ctypes.c_float(number) for number in (top, self.clip, _SMALLEST, margin))
+        pointers = address(tokens), address(out), None if mask is None else address(mask)
+        kernel(*pointers, *sizes, int(self.symmetric), *numbers, torch.get_num_threads())
+        return out.view(shape), None if mask is None else mask.view(shape)
 
     def _range(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return s, and the lowest and the highest level in units of s, all fp32 [..., 1]."""
         # Not aminmax: its reduction over the last axis is not vectorized on CPUs and takes four times that of both.
         if self.symmetric:
-            scale = (self.clip * x.abs().amax(-1, keepdim=True) / self.q_max).clamp_(min=_SMALLEST)
+            scale = quotient(self.clip * x.abs().amax(-1, keepdim=True), self.q_max).clamp_(min=_SMALLEST)
             high = torch.full_like(scale, self.q_max)
             return scale, -high, high
         bottom = x.amin(-1, keepdim=True).clamp_(max=0)
         span = x.amax(-1, keepdim=True).clamp_(min=0) - bottom
         num_steps = (1 << self.bits) - 1
-        scale = (self.clip * span / num_steps).clamp_(min=_SMALLEST)
+        scale = quotient(self.clip * span, num_steps).clamp_(min=_SMALLEST)
         low = (self.clip * bottom / scale).round_()
         return scale, low, low + num_steps

@@ -15,14 +15,17 @@ Shapes: O = out_features, I = in_features, G = groups along I, N = I / G weights
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from qaft.native.gpu import on_triton
 from qaft.quant.base import QTensor, Quantizer, row_blocks, width_of
 from qaft.quant.fused import check_fused, fused_quantize
 from qaft.quant.masks import check_mask, wants_mask
 from qaft.quant.ranges import Range
-from qaft.quant.scales import ScaleStorage
+from qaft.quant.scales import ScaleStorage, quotient
 from qaft.quant.ste import straight_through
 
 _DITHER = 0.499
@@ -166,9 +169,10 @@ class Affine(Quantizer):
     def _quantized_values(self, weight: Tensor, *, masked: bool) -> tuple[Tensor, Tensor | None]:
         # The same levels and the same product as quantize().dequantize(), without the trip through int8.
         num_groups = self._num_groups(weight)
-        if self.fused and weight.device.type == "cpu" and weight.numel():
+        fused = self._one_pass(weight, num_groups)
+        if fused is not None:
             groups = weight.detach().reshape(weight.shape[0], num_groups, -1)
-            values, passes = fused_quantize(groups, self.range, ste=self.ste, masked=masked)
+            values, passes = fused(groups, self.range, ste=self.ste, masked=masked)
             return values.view(weight.shape), None if passes is None else passes.view(weight.shape)
         out = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
         mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device) if masked else None
@@ -178,6 +182,16 @@ class Affine(Quantizer):
             if mask is not None and passes is not None:
                 mask[rows] = passes.flatten(1)
         return out, mask
+
+    def _one_pass(self, weight: Tensor, num_groups: int) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
+        """Return what quantizes ``weight`` with one read and one write, or None."""
+        if weight.numel() and self.fused and weight.device.type == "cpu":
+            return fused_quantize
+        if weight.numel() and on_triton(weight):
+            from qaft.quant.triton_affine import fake_quantize, supports
+
+            return fake_quantize if supports(self.range, weight.shape[1] // num_groups) else None
+        return None
 
     def _levels(
         self, weight: Tensor, num_groups: int, *, out: Tensor | None = None, masked: bool = False
@@ -189,7 +203,7 @@ class Affine(Quantizer):
         groups = weight.float().unflatten(-1, (num_groups, -1))
         if self.symmetric and self.range.follows_extremes:
             levels = torch.empty_like(groups) if out is None else out.unflatten(-1, (num_groups, -1))
-            scale = self.range.storage.round(torch.abs(groups, out=levels).amax(-1) / self.q_max)
+            scale = self.range.storage.round(quotient(torch.abs(groups, out=levels).amax(-1), self.q_max))
             torch.div(groups, scale.unsqueeze(-1), out=levels).round_()
             # Not clamped: rounding moves the scale by at most 2^-8 (bf16), and 127 (1 + 2^-8) < 127.5.
             return levels, scale, torch.full_like(scale, self.q_min), None

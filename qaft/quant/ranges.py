@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from qaft.quant.masks import inside
-from qaft.quant.scales import ScaleStorage
+from qaft.quant.scales import ScaleStorage, quotient
 
 RANGES = ("absmax", "mse", "rms", "signed_absmax")
 
@@ -133,7 +133,7 @@ class Range:
     def _extremes(self, groups: Tensor, clip: float | Tensor) -> Fit:
         if not self.symmetric:
             return self._asymmetric(groups, clip)
-        return self._from_scale(self.storage.round(groups.abs().amax(-1) * clip / self.q_max))
+        return self._from_scale(self.storage.round(quotient(groups.abs().amax(-1) * clip, self.q_max)))
 
     def _asymmetric(self, groups: Tensor, clip: float | Tensor) -> Fit:
         """Return a fit whose codes reach both ends of the range, without which requantizing would shrink the scale.
@@ -141,7 +141,7 @@ class Range:
         A scale that was rounded up, or two ties, can leave the last code unused; the next smaller scale does not.
         """
         low, high = groups.amin(-1).clamp_(max=0), groups.amax(-1).clamp_(min=0)
-        scale = self.storage.round((high - low) * clip / self.span)
+        scale = self.storage.round(quotient((high - low) * clip, self.span))
         unused = (high / scale).round_() - (low / scale).round_() < self.span
         unused &= (scale > self.storage.smallest) & scale.isfinite()
         scale = torch.where(unused, self.storage.next_smaller(scale), scale)
@@ -153,14 +153,14 @@ class Range:
 
     def _signed(self, groups: Tensor) -> Fit:
         extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1)
-        scale, lowest = self._from_scale(self.storage.round(extreme.abs() / -self.q_min))
+        scale, lowest = self._from_scale(self.storage.round(quotient(extreme.abs(), -self.q_min)))
         # At the smallest scale the levels are all zeros: a sign would follow what is rounded away.
         return torch.where((extreme > 0) & (scale > self.storage.smallest), -scale, scale), lowest
 
     def _rms(self, groups: Tensor) -> Fit:
         loading = _GAUSSIAN_LOADING[self.bits]
         reach = torch.minimum(groups.square().mean(-1).sqrt() * loading, groups.abs().amax(-1))
-        return self._from_scale(self.storage.round(reach / self.q_max))
+        return self._from_scale(self.storage.round(quotient(reach, self.q_max)))
 
     def _from_scale(self, scale: Tensor) -> Fit:
         return scale, torch.full_like(scale, self.q_min)
@@ -171,7 +171,7 @@ class Range:
             return [self._extremes(groups, 1.0)]
         # The largest magnitude of a grid point is level q_max or level q_min.
         absmax = groups.abs().amax(-1)
-        return [self._from_scale(self.storage.round(absmax / top)) for top in (self.q_max, -self.q_min)]
+        return [self._from_scale(self.storage.round(quotient(absmax, top))) for top in (self.q_max, -self.q_min)]
 
     def _keeping_grid_points(self, groups: Tensor, fit: Fit) -> Fit:
         for other in reversed(self._unclipped(groups)):

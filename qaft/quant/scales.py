@@ -49,3 +49,12 @@ class ScaleStorage:
     def smallest(self) -> float:
         """The smallest normal number of the dtype."""
         return torch.finfo(self.dtype).tiny
+
+
+def quotient(x: Tensor, divisor: int) -> Tensor:
+    """Return ``x / divisor``, rounded once on every device.
+
+    torch multiplies a CUDA tensor by the reciprocal of a number, with two roundings: ``(7 s) / 7`` may then be less
+    than s, and a quantized weight would find another scale than its own.
+    """
+    return x / torch.full_like(x, divisor)

@@ -11,7 +11,11 @@ if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; th
     "$python" -m pytest -m gpu tests
     "$python" tests/benchmarks/against_peft.py --model "$model" --batch 8 --length 1024 --steps 20 --rounds 2 \
         --out "$results/against_peft_gpu.md"
+    "$python" tests/benchmarks/roofline.py --tokens 8192 --rounds 50 --out "$results/roofline_gpu.md"
+    "$python" tests/benchmarks/qat_step.py --batch 8 --length 1024 --rounds 20 --out "$results/qat_step_gpu.md"
     "$python" tests/benchmarks/head_loss.py --tokens 4096 --hidden 4096 --vocabulary 32000 --out "$results/head_loss_gpu.md"
 else
     "$python" tests/benchmarks/against_peft.py --model "$model" --steps 3 --rounds 1 --batch 1 --length 64
+    "$python" tests/benchmarks/roofline.py --tokens 128 --rounds 2
+    "$python" tests/benchmarks/qat_step.py --model "$model" --batch 1 --length 64 --rounds 1
 fi

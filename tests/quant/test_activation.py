@@ -30,6 +30,18 @@ def token_reference(values: list[float], bits: int, symmetric: bool, clip: float
     return [to_fp32(min(high, max(low, round(to_fp32(v * inverse)))) * scale) for v in values]
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_codes_are_the_integers_of_the_forward(bits: int, symmetric: bool, generator: torch.Generator) -> None:
+    x = torch.randn(5, 64, generator=generator)
+    quantizer = TokenQuantizer(bits=bits, symmetric=symmetric)
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    scale = x.abs().amax(-1, keepdim=True) / quantizer.q_max if symmetric else (high - low) / (2**bits - 1)
+    torch.testing.assert_close(quantizer.codes(x) * scale, quantizer(x))
+    spans = quantizer.codes(x).amax(-1) - quantizer.codes(x).amin(-1)
+    assert int(spans.max()) <= (2 * quantizer.q_max if symmetric else 2**bits - 1)
+
+
 @pytest.mark.parametrize("clip", [1.0, 0.5])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 4, 8])
