@@ -29,7 +29,7 @@ from qaft.quant import build_quantizer
 from qaft.recipe import RUN_RECIPE, Recipe, load_recipe
 from qaft.registry import build_from, check_options, lookup
 from qaft.regularizers import REGULARIZERS
-from qaft.rotations import cache_quantizer, choice_of, input_quantizer, with_rotations
+from qaft.rotations import cache_quantizer, choice_of, input_quantizer, with_rotations, with_rotations_of
 from qaft.sections import KindSection
 from qaft.selection import SELECTORS
 from qaft.selection.capture import LayerScores
@@ -222,6 +222,7 @@ def restore_run(folder: str | Path, *, device: torch.device | None = None) -> Ru
     checkpoint = latest_checkpoint(folder)
     if checkpoint is None:
         raise TrainingError(f"{folder}: no good checkpoint; train it first, or continue it with train.resume=true")
-    run = build_run(recipe, device=device, calibrate=False)
-    load_trainables(run.loaded.model, read_checkpoint(checkpoint).trainables)
+    saved = read_checkpoint(checkpoint)
+    run = build_run(with_rotations_of(recipe, saved), device=device, calibrate=False)
+    load_trainables(run.loaded.model, saved.trainables)
     return run

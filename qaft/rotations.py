@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from qaft.arch import arch_of
@@ -15,7 +15,7 @@ from qaft.arch.base import Arch
 from qaft.data import load_samples
 from qaft.data.calibration import calibration_of
 from qaft.errors import RecipeError
-from qaft.models.layers import frozen_quantizer
+from qaft.models.layers import GRID_STORAGES, frozen_quantizer
 from qaft.models.layerwise import LayerwiseModel
 from qaft.models.measure import Grids, measure_rotations
 from qaft.models.skeleton import block_linears, empty_model
@@ -23,6 +23,7 @@ from qaft.models.source import CheckpointSource, load_tokenizer
 from qaft.quant import NF4, build_quantizer
 from qaft.quant.activation import TokenQuantizer
 from qaft.quant.affine import Affine
+from qaft.quant.compressed_tokens import CompressedTensorsTokens
 from qaft.quant.kv import KVQuantizer, RosteKV, VllmKV
 from qaft.recipe import RUN_RECIPE, Recipe, load_recipe
 from qaft.rotation import ADAPTIVE, rotation_kind
@@ -30,6 +31,7 @@ from qaft.rotation.choice import Choice
 from qaft.rotation.choose import LayerErrors, choose
 from qaft.rotation.targets import available_rotations
 from qaft.sections import QatSection, RotatedSection
+from qaft.train.checkpoint import Checkpoint, latest_checkpoint, read_checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +60,12 @@ def with_rotations(recipe: Recipe, source: CheckpointSource, selected: frozenset
         DataError: there is nothing to calibrate on.
     """
     qat = recipe.qat
-    if qat is None or qat.rotation == "none" or qat.rotated is not None:
+    if qat is None or qat.rotation == "none":
         return recipe
-    rotated = _rotated_of_run(recipe)
+    # Rotations by hand are only where a run begins that chooses again.
+    if qat.rotated is not None and qat.reselect_every is None:
+        return recipe
+    rotated = _rotated_of_run(recipe) or qat.rotated
     if rotated is None:
         choice = (
             measure(recipe, source, selected, device).choice
@@ -81,7 +86,15 @@ def choice_of(recipe: Recipe, source: CheckpointSource) -> Choice | None:
     return None if rotated is None else Choice.of_layers(arch_of(source.config).num_layers, **rotated.model_dump())
 
 
-def measure(recipe: Recipe, source: CheckpointSource, selected: frozenset[str], device: torch.device) -> Measured:
+def measure(
+    recipe: Recipe,
+    source: CheckpointSource,
+    selected: frozenset[str],
+    device: torch.device,
+    *,
+    residual: bool | None = None,
+    current: Callable[[str], Tensor | None] = lambda _: None,
+) -> Measured:
     """Return the quantization errors of the recipe's base model and the rotations that they favour.
 
     Args:
@@ -89,6 +102,8 @@ def measure(recipe: Recipe, source: CheckpointSource, selected: frozenset[str], 
         source: the checkpoint of ``recipe.model``.
         selected: module paths of the linears that are trained, on the grid of ``qat.weights``.
         device: where to measure.
+        residual: R1, where it is decided already.
+        current: parameter name -> its trained value in the basis of the checkpoint, or None for the checkpoint's.
 
     Raises:
         RecipeError: there is no qat section, or no data.
@@ -105,7 +120,7 @@ def measure(recipe: Recipe, source: CheckpointSource, selected: frozenset[str], 
     samples = load_samples(recipe.data, load_tokenizer(source), "train").samples
     calibration = calibration_of(samples, tokens=qat.calibration_tokens, seed=recipe.train.seed)
     layers = measure_rotations(
-        LayerwiseModel(source, arch, device=device, attention=recipe.model.attention),
+        LayerwiseModel(source, arch, device=device, attention=recipe.model.attention, current=current),
         arch,
         calibration.inputs(),
         calibration.real,
@@ -114,13 +129,17 @@ def measure(recipe: Recipe, source: CheckpointSource, selected: frozenset[str], 
         rotation=rotation_kind(qat.rotation) if qat.rotation != "none" else "hadamard",
         seed=qat.rotation_seed,
     )
-    return Measured(layers=layers, available=available, choice=choose(layers, available))
+    return Measured(layers=layers, available=available, choice=choose(layers, available, residual=residual))
 
 
 def input_quantizer(qat: QatSection) -> nn.Module | None:
     """Return the fake quantizer of the inputs of linear layers, or None for 16 bits."""
     grid = qat.activations
-    return None if grid is None else TokenQuantizer(**grid.model_dump())
+    if grid is None:
+        return None
+    if grid.function == "compressed-tensors":
+        return CompressedTensorsTokens(bits=grid.bits)
+    return TokenQuantizer(**grid.model_dump(exclude={"function"}))
 
 
 def cache_quantizer(qat: QatSection, config: PretrainedConfig) -> KVQuantizer | None:
@@ -145,8 +164,22 @@ def _rotated_of_run(recipe: Recipe) -> RotatedSection | None:
     folder = Path(recipe.train.output)
     if not recipe.train.resume or not (folder / RUN_RECIPE).is_file():
         return None
-    saved = load_recipe(folder).qat
-    return None if saved is None else saved.rotated
+    saved = load_recipe(folder)
+    if saved.qat is None:
+        return None
+    # Written when the run began; what was chosen since is in the checkpoint that it goes on from.
+    if saved.qat.reselect_every is not None and (checkpoint := latest_checkpoint(folder)) is not None:
+        saved = with_rotations_of(saved, read_checkpoint(checkpoint))
+    assert saved.qat is not None
+    return saved.qat.rotated
+
+
+def with_rotations_of(recipe: Recipe, checkpoint: Checkpoint) -> Recipe:
+    """Return the recipe with the rotations that were in use when the checkpoint was written."""
+    if recipe.qat is None or recipe.qat.reselect_every is None:
+        return recipe
+    rotated = RotatedSection.model_validate(checkpoint.state["recipe"]["qat"]["rotated"])
+    return recipe.model_copy(update={"qat": recipe.qat.model_copy(update={"rotated": rotated})})
 
 
 def _everything(recipe: Recipe, source: CheckpointSource) -> Choice:
@@ -182,5 +215,6 @@ def _grids(recipe: Recipe, selected: frozenset[str], config: PretrainedConfig) -
     return Grids(
         weights=lambda name: trained if name in selected else frozen,
         inputs=input_quantizer(recipe.qat),
+        reads_integers=lambda name: name in selected or recipe.model.storage in GRID_STORAGES,
         cache=cache_quantizer(recipe.qat, config),
     )

@@ -31,6 +31,7 @@ class LayerwiseModel:
         arch: its names and sizes.
         device: where it runs.
         attention: the attention function.
+        current: parameter name -> the value to use instead of the checkpoint's, or None for that.
 
     Attributes:
         model: the transformers model; outside of ``run`` its parameters are on the meta device.
@@ -40,13 +41,22 @@ class LayerwiseModel:
         ModelError: the checkpoint does not fit the model.
     """
 
-    def __init__(self, source: CheckpointSource, arch: Arch, *, device: torch.device, attention: str = "sdpa") -> None:
+    def __init__(
+        self,
+        source: CheckpointSource,
+        arch: Arch,
+        *,
+        device: torch.device,
+        attention: str = "sdpa",
+        current: Callable[[str], Tensor | None] = lambda _: None,
+    ) -> None:
         self.model: PreTrainedModel = empty_model(
             source.config, dtype=torch.float32, attention=attention, trust_remote_code=source.trust_remote_code
         )
         self._arch = arch
         self._reader = ModelReader(source, self.model, None, device)
         self._device = device
+        self._current = current
         self.originals = self._reader.originals
         initialize_buffers(self.model, device)
 
@@ -79,7 +89,8 @@ class LayerwiseModel:
     def _entering(self, name: str, index: int | None, before: Visit) -> Callable[..., None]:
         def hook(module: nn.Module, _: Any) -> None:
             for leaf, parameter in list(module.named_parameters()):
-                tensor = self._reader.read(f"{name}.{leaf}", parameter)
+                tensor = self._current(f"{name}.{leaf}")
+                tensor = self._reader.read(f"{name}.{leaf}", parameter) if tensor is None else tensor
                 owner, _, last = leaf.rpartition(".")
                 setattr(
                     module.get_submodule(owner), last, nn.Parameter(tensor.to(parameter.dtype), requires_grad=False)

@@ -46,14 +46,17 @@ class LayerErrors:
         return total + (cache[beside] if cache is not None else 0.0)
 
 
-def choose(layers: Sequence[LayerErrors], available: Choice) -> Choice:
+def choose(layers: Sequence[LayerErrors], available: Choice, *, residual: bool | None = None) -> Choice:
     """Return the available rotations under which the summed error is least.
 
     Args:
         layers: what was measured, in the order of depth.
         available: True where a rotation may be used.
+        residual: R1, where it is decided already.
     """
     residuals = (False, True) if available.residual else (False,)
+    if residual is not None:
+        residuals = (residual,)
     candidates = [_best_with(layers, available, residual) for residual in residuals]
     return min(candidates, key=lambda choice: total_error(layers, choice))
 

@@ -51,13 +51,14 @@ def save_state(run: TrainRun, state: TrainState) -> Path:
     if run.journal is not None:
         check_parameters(run, state.step)
     if run.engine.rank == 0:
-        recipe = deciding_values(run.recipe)
+        recipe = deciding_values(run.current_recipe)
         nested = {
             "progress": {"tokens": state.tokens, "unlogged_losses": state.unlogged_losses},
             "optimizer": optimizer,
             "scheduler": run.scheduler.state_dict(),
             "rng": state.rng,
             "source": state.source,
+            "terms": [term.state_dict(state.step) for term in run.terms],
             "recipe": recipe,
             "recipe_sha256": hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest(),
             "versions": library_versions(),
@@ -136,6 +137,8 @@ def restore(run: TrainRun, path: Path) -> TrainState:
     run.engine.load_optimizer_state(state["optimizer"])
     run.scheduler.load_state_dict(state["scheduler"])
     run.source.load_state_dict(state["source"])
+    for term, saved in zip(run.terms, state["terms"], strict=True):
+        term.load_state_dict(saved)
     restore_rng(state["rng"], run.engine.device)
     progress = state["progress"]
     return TrainState(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from qaft.gradients.base import GradientSource
 from qaft.recipe import Recipe
+from qaft.regularizers.base import PassTerm
 from qaft.sections import TrainSection
 from qaft.train.diagnostics import Diagnostics
 from qaft.train.journal import Journal
@@ -34,6 +35,19 @@ class TrainingBatches(Protocol):
         ...
 
 
+class Reselecting(Protocol):
+    """What chooses the rotations of a run again while it is trained."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe with the rotations that are in use."""
+        ...
+
+    def __call__(self) -> Mapping[str, float]:
+        """Choose again, turn the run into the choice, and return values for the log."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainRun:
     """Everything ``fit`` needs.
@@ -41,8 +55,9 @@ class TrainRun:
     ``engine.module`` is the loss module, ``params`` its trainable parameters by name, ``optimizer`` the one that the
     engine steps, over the same parameters; ``scheduler`` is stepped once per optimizer step. ``buffers`` are the
     persistent buffers of updates by name. ``eval_batches`` can be iterated again and again; None for no evaluation.
-    ``diagnostics`` watches quantization on rank 0; None for none. ``journal`` is there for sources whose steps follow
-    from scalars. ``log`` and checkpoints live in ``folder``.
+    ``terms`` are the regularizers that compare passes. ``diagnostics`` watches quantization on rank 0; None for none.
+    ``journal`` is there for sources whose steps follow from scalars, ``reselection`` where rotations are chosen again.
+    ``log`` and checkpoints live in ``folder``.
     """
 
     recipe: Recipe
@@ -57,8 +72,15 @@ class TrainRun:
     folder: Path
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
     eval_batches: Iterable[MicroBatch] | None = None
+    terms: Sequence[PassTerm] = ()
     diagnostics: Diagnostics | None = None
     journal: Journal | None = None
+    reselection: Reselecting | None = None
+
+    @property
+    def current_recipe(self) -> Recipe:
+        """The recipe with the rotations that are in use."""
+        return self.recipe if self.reselection is None else self.reselection.recipe
 
     @property
     def section(self) -> TrainSection:

@@ -72,6 +72,7 @@ def train_llama(folder: Path, *, dropout: float = 0.0, stop_after: int | None = 
         ({"name": "adamw"}, 0.2),
         ({"name": "sgd", "momentum": 0.9}, 0.0),
         ({"name": "adafactor"}, 0.0),
+        ({"name": "multiplicative", "additive": 0.5}, 0.0),
         ({"name": "adamw_8bit"}, 0.0),
     ],
 )

@@ -1,0 +1,119 @@
+"""The cells of the RoSTE comparison as Markdown: scores, the order of the methods, and the errors behind it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from roste_plan import METHODS, ORDER, SIXTEEN
+
+Line = dict[str, Any]
+
+SCORES = {
+    "ppl": "wikitext2 ppl",
+    "summary_loss": "summary loss",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+}
+NAMES = {
+    "base": "16-bit base",
+    "sft": "16-bit SFT",
+    "rtn": "RTN of that SFT",
+    "gptq": "GPTQ-style of that SFT",
+    "ste": "STE, no rotation",
+    "hadamard": "STE, every rotation",
+    "adaptive": "STE, adaptive (RoSTE)",
+}
+NOTES = """\
+Loss: nats per token of the first reference; ROUGE: greedy, best reference, in percent; ±: standard deviation of the seeds.
+W4 is asymmetric with c = 0.95, A and KV asymmetric per token (and head), as published. The checkpoint was made from a file
+in 4-bit blocks of 32 with zero points: its weights lie on such a grid, which rounding without a rotation partly finds again
+(with groups of 32 and zero points it would change nothing), and which a rotation leaves. So weight-only columns favour
+`no rotation` more than a checkpoint in 16 bits would."""
+
+CLAIMS = (("ste", "rtn"), ("ste", "gptq"), ("adaptive", "ste"), ("adaptive", "hadamard"))
+"""(better, worse) in the paper."""
+
+
+def table(lines: Sequence[Line]) -> str:
+    """Return everything as Markdown; empty without lines."""
+    if not lines:
+        return ""
+    config = lines[0]["config"]
+    tokens = 512 * config["batch"]
+    grid = f"groups of {config['group_size']}" if config["group_size"] else "per output channel"
+    head = (
+        f"{config['model']}; W4 {grid}; {config['steps']} steps of {tokens} tokens; {config['documents']} summaries, "
+        f"{config['ppl_tokens']} tokens of wikitext2; learning rates (16-bit, through the grid): {config['lr']}; "
+        f"commits {', '.join(sorted({line['commit'] for line in lines}))}."
+    )
+    parts = [head, "", *_scores(lines), "", *_order(lines), "", *_errors(lines), "", NOTES]
+    return "\n".join(parts)
+
+
+def groups(lines: Sequence[Line]) -> Iterator[tuple[str, str, str, list[Line]]]:
+    """Yield (setting, scope, method, its seeds) in the order of the table, of those that there are."""
+    keys = [(SIXTEEN, "-", "base"), *((SIXTEEN, scope, "sft") for scope in ("full", "qv"))]
+    keys += [(setting, scope, method) for setting, scope in sorted(ORDER) for method in METHODS]
+    for key in keys:
+        if found := [line for line in lines if (line["setting"], line["scope"], line["method"]) == key]:
+            yield *key, found
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Return the mean, with the standard deviation where there are several."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def _scores(lines: Sequence[Line]) -> Iterator[str]:
+    yield f"| setting | trained | method | {' | '.join(SCORES.values())} | seeds |"
+    yield f"|---|---|---|{'--:|' * (len(SCORES) + 1)}"
+    for setting, scope, method, found in groups(lines):
+        cells = [spread([line[key] for line in found]) for key in SCORES]
+        yield f"| {setting} | {scope} | {NAMES[method]} | {' | '.join(cells)} | {len(found)} |"
+
+
+def _order(lines: Sequence[Line]) -> Iterator[str]:
+    """Compare every pair that the paper orders, on the seeds that both have."""
+    means = {tuple(key): {line["seed"]: line for line in found} for *key, found in groups(lines)}
+    yield f"| setting | trained | the paper's order | {SCORES['summary_loss']} | {SCORES['ppl']} | {SCORES['rougeL']} |"
+    yield "|---|---|---|---|---|---|"
+    for setting, scope in sorted(ORDER):
+        for better, worse in CLAIMS:
+            first, second = means.get((setting, scope, better), {}), means.get((setting, scope, worse), {})
+            if seeds := sorted(first.keys() & second.keys()):
+                cells = [_comparison(first, second, seeds, key) for key in ("summary_loss", "ppl", "rougeL")]
+                yield f"| {setting} | {scope} | {NAMES[better]} above {NAMES[worse]} | {' | '.join(cells)} |"
+
+
+def _comparison(first: dict[int, Line], second: dict[int, Line], seeds: Sequence[int], key: str) -> str:
+    sign = 1 if key.startswith("rouge") else -1
+    gains = [sign * (first[seed][key] - second[seed][key]) for seed in seeds]
+    holds = sum(gain > 0 for gain in gains)
+    return f"{'yes' if holds == len(seeds) else 'no' if not holds else 'mixed'} ({holds} of {len(seeds)})"
+
+
+def _errors(lines: Sequence[Line]) -> Iterator[str]:
+    """The errors of the base model without -> with every rotation, mean over the layers, and what was chosen."""
+    measured = [found[0] for _, _, method, found in groups(lines) if method == "adaptive"]
+    yield "| setting | trained | linear | delta_w | delta_x | delta_G | delta_y |"
+    yield "|---|---|---|---|---|---|---|"
+    chosen = []
+    for line in measured:
+        for kind, bases in line["errors"].items():
+            pairs = [
+                f"{bases['I'][d]:.4f} -> {bases['H'][d]:.4f}" for d in ("delta_w", "delta_x", "delta_g", "delta_y")
+            ]
+            yield f"| {line['setting']} | {line['scope']} | {kind} | {' | '.join(pairs)} |"
+        rotated = line["rotated"]
+        counts = ", ".join(
+            f"{name} in {len(rotated[key])} layers"
+            for name, key in (("R2", "values"), ("R3", "attention"), ("R4", "down"))
+        )
+        chosen.append(f"{line['setting']} {line['scope']}: R1 {'on' if rotated['residual'] else 'off'}, {counts}")
+    if chosen:
+        yield ""
+        yield f"Chosen by adaptive (seed {measured[0]['seed']}): {'; '.join(chosen)}."
