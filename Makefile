@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 QUICKSTART_OUT ?= runs/quickstart
 
-.PHONY: install quickstart quickstart-short test test-gpu check bench clean
+.PHONY: install quickstart quickstart-short test test-gpu test-llama-cpp check bench clean
 
 install: $(STAMP)
 
@@ -30,6 +30,17 @@ quickstart-short: install
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile tests
+
+# llama.cpp is compiled from source (5 minutes of CPU; cmake and a C++ compiler are needed) and kept in the environment.
+LLAMA_CPP := $(VENV)/.llama-cpp
+LLAMA_CPP_CMAKE := -DGGML_NATIVE=OFF -DGGML_OPENMP=OFF -DLLAVA_BUILD=OFF -DLLAMA_CURL=OFF
+
+$(LLAMA_CPP): $(STAMP)
+	CMAKE_ARGS="$(LLAMA_CPP_CMAKE)" $(BIN)/pip install --quiet -c constraints.txt --no-binary llama-cpp-python -e '.[llama-cpp]'
+	@touch $@
+
+test-llama-cpp: $(LLAMA_CPP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m llama_cpp tests/export
 
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu tests

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qaft.commands.patch_verbs import verbs as patch_verbs
 from qaft.errors import QaftError
 from qaft.ranks import end_failed, join_launcher, lost_peer, rank, wait_for_launcher, world_size
 
@@ -25,6 +26,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+app.add_typer(patch_verbs)
 
 OVERRIDES: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
 RecipePath = Annotated[Path, typer.Argument(help="recipe (YAML) or run folder")]
@@ -110,6 +113,20 @@ def plan(
     print_plan(resolved, world_size=world)
 
 
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="run folder; it may still be training")],
+    out: Annotated[Path | None, typer.Option(help="the picture; default: report.png in the run folder")] = None,
+    debug: Debug = False,
+) -> None:
+    """Draw loss and quantization errors of a run, over time and layer by layer."""
+    from rich.console import Console
+
+    from qaft.commands.report import report_run
+
+    report_run(run, Console(), out=out)
+
+
 @app.command(name="eval", context_settings=OVERRIDES)
 def evaluate(
     context: typer.Context,
@@ -137,20 +154,32 @@ def evaluate(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="run folder")],
-    format: Annotated[str, typer.Option("--format", "-f", help="merged | compressed-tensors | peft")],
+    run: Annotated[Path, typer.Argument(help="run folder; with --check-only an exported folder")],
+    format: Annotated[str | None, typer.Option("--format", "-f", help="see qaft list exporters")] = None,
     out: Annotated[Path | None, typer.Option(help="folder; default: RUN/export-FORMAT")] = None,
     force: Annotated[bool, typer.Option(help="overwrite, and write although the update does not survive")] = False,
     dtype: Annotated[str | None, typer.Option(help="dtype of merged weights")] = None,
     basis: Annotated[str, typer.Option(help="merged: fused | original")] = "fused",
+    profile: Annotated[str, typer.Option(help="compressed-tensors: portable | vllm (with R4)")] = "portable",
+    rank: Annotated[int | None, typer.Option(help="peft: cut a dense update to this rank")] = None,
+    check_only: Annotated[bool, typer.Option(help="write nothing: is this export still what was exported?")] = False,
+    base: Annotated[Path | None, typer.Option(help="with --check-only, for adapters: folder of the base model")] = None,
     debug: Debug = False,
 ) -> None:
     """Write a checkpoint of RUN, reload it in a fresh process, and refuse to call it done when it differs."""
-    from qaft.commands.export import export_run_folder
+    from rich.console import Console
 
-    options: dict[str, Any] = {"format": format, "force": force, "basis": basis}
+    from qaft.commands.export import check_exported, export_run_folder
+
+    if check_only:
+        check_exported(run, base=base, console=Console())
+        return
+    if format is None:
+        raise typer.BadParameter("give one (see qaft list exporters), or --check-only", param_hint="--format")
+    options: dict[str, Any] = {"format": format, "force": force, "basis": basis, "profile": profile}
     options |= {"out": str(out)} if out else {}
     options |= {"dtype": dtype} if dtype else {}
+    options |= {} if rank is None else {"rank": rank}
     export_run_folder(run, options)
 
 

@@ -93,7 +93,7 @@ MISTAKES: dict[str, tuple[list[str], int, list[str]]] = {
     "unknown rotation": (["qat.rotation=hadamrd"], 2, ["hadamrd", "hadamard"]),
     "unmatched pattern": (["select.targets=[q_prj]"], 2, ["'q_prj' matches no linear layer", "q_proj"]),
     "unknown format": (["export=[{format: mergd}]"], 2, ["mergd", "did you mean 'merged'?"]),
-    "option of another format": (["export.0.dtype=float16"], 2, ["float16", "merged only"]),
+    "option of another format": (["export.0.dtype=float16"], 2, ["float16", "leave it out for"]),
     "impossible pair": (["model.storage=nf4"], 2, ["bitsandbytes storage x compressed-tensors export"]),
     "no training data": (["data.train=null"], 2, ["data.train is required"]),
     "missing data": (["data.train=nowhere/rows.jsonl"], 4, ["nowhere/rows.jsonl: no such file"]),
@@ -208,7 +208,7 @@ def test_an_export_never_overwrites_a_folder_unasked(
 
 
 def test_unknown_export_formats_are_refused_with_the_known_ones(cli: Cli, run_folder: Path) -> None:
-    refused(cli("export", run_folder, "-f", "gguf"), 2, "'gguf'", *EXPORTERS)
+    refused(cli("export", run_folder, "-f", "exl2"), 2, "'exl2'", *EXPORTERS)
 
 
 def test_a_run_that_was_never_saved_is_named(cli: Cli, run_folder: Path, tmp_path: Path) -> None:
@@ -314,6 +314,7 @@ def test_diff_finds_the_export_equal_and_the_base_different(cli: Cli, run_folder
     equal = cli("diff", run_folder, export, "--gate", "1e-5")
     assert equal.code == 0, equal.err
     assert "KL, nats per token" in equal.out
+    assert "bound of compressed-tensors" in equal.out and "allowed 1.00e-05: holds" in equal.out
     refused(cli("diff", run_folder, tiny_llama, "--gate", "1e-5"), 5, "the gate is 1e-05")
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from qaft.bases.affine import AffineBase
 from qaft.bases.base import FrozenLinear, LinearSpec, Matmul
 from qaft.bases.dense import DenseBase
-from qaft.quant.affine import Affine
+from qaft.quant.base import Quantizer
 from qaft.sections import Storage
 
 __all__ = [
@@ -35,7 +35,7 @@ def build_base(
     bias: Tensor | None,
     *,
     dtype: torch.dtype,
-    grid_quantizer: Affine | None = None,
+    grid_quantizer: Quantizer | None = None,
     double_quant: bool = False,
 ) -> FrozenLinear:
     """Return ``weight`` frozen in the given storage.

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from qaft.bases.base import FrozenLinear
-from qaft.quant.affine import Affine
-from qaft.quant.base import QTensor, row_blocks
+from qaft.quant.base import QTensor, Quantizer, row_blocks
 from qaft.quant.packing import pack_int32, pack_zero_point, unpack_int32, unpack_zero_point
 
 
@@ -68,11 +67,13 @@ class AffineBase(FrozenLinear):
         self.register_buffer("bias", None if bias is None else bias.detach())
 
     @classmethod
-    def from_weight(cls, weight: Tensor, bias: Tensor | None, quantizer: Affine, *, dtype: torch.dtype) -> AffineBase:
+    def from_weight(
+        cls, weight: Tensor, bias: Tensor | None, quantizer: Quantizer, *, dtype: torch.dtype
+    ) -> AffineBase:
         """Return the base that holds ``quantizer.quantize(weight)``, weight [O, I].
 
         Raises:
-            ValueError: the grid cannot quantize the weight; see ``Affine.quantize``.
+            ValueError: the grid cannot quantize the weight; see ``Quantizer.quantize``.
         """
         return cls(quantizer.quantize(weight), bias, bits=quantizer.bits, dtype=dtype)
 

@@ -69,6 +69,7 @@ class FourBitBase(_PackedBase):
         super().__init__()
         self.out_features, self.in_features = state.shape  # pyright: ignore[reportGeneralTypeIssues]
         self.quant_type = state.quant_type
+        self.block_size = state.blocksize or BLOCK_SIZE
         self.dtype = dtype
         nested = state.state2
         self.register_buffer("packed", packed)
@@ -107,14 +108,15 @@ class FourBitBase(_PackedBase):
 
     def dequantize(self) -> Tensor:
         """Return the weight, [O, I] in ``self.dtype``; bit-identical on every call."""
-        return _dequantize_blocks(self.packed, self._state())
+        return _dequantize_blocks(self.packed, self.quant_state())
 
     def extra_repr(self) -> str:
         """Return shape, dtype and storage."""
         nested = ", double_quant=True" if self.nested_absmax is not None else ""
         return f"{super().extra_repr()}, quant_type={self.quant_type}{nested}"
 
-    def _state(self) -> bnb.QuantState:
+    def quant_state(self) -> bnb.QuantState:
+        """Return the scales in the library's own form, without its code book."""
         nested = None
         if self.nested_absmax is not None:
             nested = bnb.QuantState(
@@ -123,7 +125,7 @@ class FourBitBase(_PackedBase):
         return bnb.QuantState(
             absmax=self.absmax,
             shape=torch.Size((self.out_features, self.in_features)),
-            blocksize=BLOCK_SIZE,
+            blocksize=self.block_size,
             quant_type=self.quant_type,
             dtype=self.dtype,
             offset=self.offset,
@@ -157,7 +159,8 @@ def _dequantize_blocks(packed: Tensor, state: bnb.QuantState) -> Tensor:
     """
     shape = torch.Size(state.shape or ())
     size = shape.numel()
-    state.shape = torch.Size((size // BLOCK_SIZE, BLOCK_SIZE) if size % BLOCK_SIZE == 0 else (1, size))
+    block = state.blocksize or BLOCK_SIZE
+    state.shape = torch.Size((size // block, block) if size % block == 0 else (1, size))
     return bnb.dequantize_4bit(packed, state).view(shape)
 
 

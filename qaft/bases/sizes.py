@@ -6,10 +6,16 @@ import torch
 
 from qaft.bases import DENSE_STORAGES
 from qaft.quant.affine import Affine
+from qaft.quant.ggml import GgmlBlocks
 
 
 def storage_bytes(
-    storage: str, out_features: int, in_features: int, *, quantizer: Affine | None = None, double_quant: bool = False
+    storage: str,
+    out_features: int,
+    in_features: int,
+    *,
+    quantizer: Affine | GgmlBlocks | None = None,
+    double_quant: bool = False,
 ) -> int:
     """Return the bytes of codes and scales of an [O, I] weight, without its bias.
 
@@ -37,7 +43,7 @@ def storage_bytes(
     raise ValueError(f"storage {storage!r} is not known")
 
 
-def _affine_bytes(out_features: int, in_features: int, quantizer: Affine) -> int:
+def _affine_bytes(out_features: int, in_features: int, quantizer: Affine | GgmlBlocks) -> int:
     groups = 1 if quantizer.group_size is None else in_features // quantizer.group_size
     words = out_features * -(-in_features * quantizer.bits // 32)
     if not quantizer.symmetric:

@@ -6,16 +6,19 @@ import json
 import shlex
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from qaft.build import Run, restore_run
+from qaft.build import Run, default_device, restore_run
 from qaft.commands.memory import evaluation_memory, loading_memory
 from qaft.errors import RecipeError
 from qaft.evaluate.difference import difference_table
 from qaft.export import EXPORTERS, ExportInfo, ExportReport
+from qaft.export.check import check_export_folder
+from qaft.export.folded import serving_form
 from qaft.export.staging import require_free
 from qaft.export.tensors import require_plain_options
 from qaft.recipe import Recipe, parse_recipe
@@ -38,6 +41,26 @@ def export_run_folder(folder: Path, options: Mapping[str, Any]) -> ExportReport:
     return export_run(run, recipe.export[0], Console())
 
 
+def check_exported(folder: Path, *, base: Path | None, console: Console) -> None:
+    """Print that an exported folder still is what was exported.
+
+    Raises:
+        ExportError, DifferenceError: see ``check_export_folder``.
+    """
+    found = check_export_folder(folder, base=base, device=default_device())
+    lines = [f"{folder}: {found.format}, {found.num_files} files as they were exported"]
+    if found.deviation is None:
+        lines.append("logits: not compared, the export was written with verify: false")
+    else:
+        lines.append(
+            f"logits of a fresh process on {found.deviation.num_tokens} tokens: max relative difference "
+            f"{found.deviation.max_relative:.1e}, KL {found.deviation.kl_mean:.1e} nats, same top token "
+            f"{found.deviation.top1_agreement:.1%} ({found.bound.reason})"
+        )
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
+
+
 def check_export(recipe: Recipe, section: ExportSection) -> Path:
     """Return the folder of an export that can be written as far as the recipe alone tells.
 
@@ -52,6 +75,8 @@ def check_export(recipe: Recipe, section: ExportSection) -> Path:
         )
     if section.format != "merged":
         require_plain_options(section)
+    if section.format != "peft" and section.rank is not None:
+        raise RecipeError(f"export.rank={section.rank} applies to format peft only; leave it out for {section.format}")
     out = Path(section.out or Path(recipe.train.output, f"export-{section.format}"))
     require_free(out, force=section.force)
     return out
@@ -73,15 +98,15 @@ def export_run(run: Run, section: ExportSection, console: Console) -> ExportRepo
         metrics=last_metrics(run.folder),
     )
     run.loaded.model.eval()
-    with evaluation_memory(f"exporting {out}", {}):
-        report = EXPORTERS[section.format](run.loaded, section, out, info)
+    with evaluation_memory(f"exporting {out}", {}), serving_form(run.loaded, section) as notes:
+        report = EXPORTERS[section.format](run.loaded, section, out, replace(info, notes=notes))
     mebibytes = sum(report.sizes.values()) / 2**20
     console.print(f"exported {section.format}: {report.folder} ({mebibytes:.1f} MiB)", highlight=False, soft_wrap=True)
     if report.difference is not None:
         console.print(difference_table(report.difference, a="trained", b="reloaded export"))
     if report.rounding is not None:
         console.print(
-            f"merging in 16 bits rounds the trained adapter: KL {report.rounding.kl_mean:.2e} nats per token, "
+            f"what the file holds differs from the run itself: KL {report.rounding.kl_mean:.2e} nats per token, "
             f"max relative {report.rounding.max_relative:.2e}",
             highlight=False,
             soft_wrap=True,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from rich.console import Console
 
 from qaft.build import Run, build_run
 from qaft.commands.export import check_export, export_run
 from qaft.commands.memory import loading_memory, training_memory
 from qaft.compat import cautions
+from qaft.export.folded import require_foldable
 from qaft.ranks import rank
 from qaft.recipe import Recipe
 from qaft.train.loop import fit
@@ -31,6 +34,8 @@ def train_and_export(recipe: Recipe, console: Console | None = None) -> Run:
     # A checkpoint holds the rows and columns that were chosen from data.
     with loading_memory({"model.name": recipe.model.name, "model.storage": recipe.model.storage}):
         run = build_run(recipe, calibrate=not continues(recipe), share=True)
+    for section in recipe.export:
+        require_foldable(run.loaded, section)
     trained = sum(layer.update.num_trainable() for layer in run.layers.values())
     training = prepare_training(run, console=console)
     weights = sum(layer.out_features * layer.in_features for layer in run.layers.values())
@@ -43,6 +48,7 @@ def train_and_export(recipe: Recipe, console: Console | None = None) -> Run:
     with training_memory(recipe):
         fit(training, start_state(training))
     training.engine.release()
+    run = replace(run, recipe=training.current_recipe)
     if training.engine.rank == 0:
         for section in recipe.export:
             export_run(run, section, console)

@@ -5,20 +5,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qaft.compat.exports import EXPORTS
+from qaft.compat.gguf_exports import GGUF_EXPORTS
 from qaft.compat.grids import GRIDS
+from qaft.compat.packed_exports import PACKED_EXPORTS
+from qaft.compat.reselection import RESELECTION
 from qaft.compat.rule import Rule
-from qaft.compat.training import TRAINING
+from qaft.compat.training import FIRST_ORDER, TRAINING
 from qaft.errors import IncompatibleError
 
 if TYPE_CHECKING:
     from qaft.recipe import Recipe
 
-INCOMPATIBLE: tuple[Rule, ...] = (*EXPORTS, *GRIDS, *TRAINING)
+INCOMPATIBLE: tuple[Rule, ...] = (*EXPORTS, *GGUF_EXPORTS, *GRIDS, *PACKED_EXPORTS, *RESELECTION, *TRAINING)
 
 CAUTIONS: tuple[Rule, ...] = (
     Rule(
         "zeroth-order source x clipping",
-        lambda r: r.gradient.kind != "backprop" and r.optim.clip is not None and r.optim.name == "sgd",
+        lambda r: r.gradient.kind not in FIRST_ORDER and r.optim.clip is not None and r.optim.name == "sgd",
         "the norm of an estimate is |c| times the root of the number of parameters probed, far above optim.clip="
         "1: every step would have the same length",
         "set optim.clip to null; gradient.outlier masks what is too large",

@@ -15,12 +15,25 @@ EXPORTABLE_BITS = (4, 8)
 UNBOUNDED_RANK = ("dense", "gsoft", "ia3", "sift", "ssb", "ssl")
 """Updates that are no product of two thin factors."""
 
+SCALINGS = ("ia3", "ssb", "ssl")
+"""Updates that scale channels: they fold into norms and scales, and no code changes."""
+
 GRID_BITS = {"int4": 4, "int8_group": 8}
 """Bits of the storages on an affine grid; group size and zero points are those of ``qat.weights``."""
 
 
 def _exports(recipe: Recipe, format: str) -> bool:
     return any(e.format == format for e in recipe.export)
+
+
+def _touches_few_rows(recipe: Recipe) -> bool:
+    columns = recipe.update.options.get("columns", 0)
+    return recipe.update.kind == "sift" or (recipe.update.kind == "roco" and not columns)
+
+
+def _is_cut(recipe: Recipe) -> bool:
+    """Return whether every adapter file of a dense update names the rank it is cut to."""
+    return recipe.update.kind == "dense" and all(e.rank is not None for e in recipe.export if e.format == "peft")
 
 
 def _requantizes(recipe: Recipe) -> bool:
@@ -34,6 +47,11 @@ def _has_mixed_zero_points(recipe: Recipe) -> bool:
     return grid is not None and grid.kind == "int" and not grid.symmetric and bits not in (None, grid.bits)
 
 
+def _has_odd_activations(recipe: Recipe) -> bool:
+    grid = recipe.qat and recipe.qat.activations
+    return grid is not None and (not grid.symmetric or grid.clip < 1)
+
+
 EXPORTS: tuple[Rule, ...] = (
     Rule(
         "bitsandbytes storage x compressed-tensors export",
@@ -43,9 +61,10 @@ EXPORTS: tuple[Rule, ...] = (
     ),
     Rule(
         "adapter on a packed base x compressed-tensors export",
-        lambda r: r.model.storage in GRID_BITS and r.qat is None and _requantizes(r),
+        lambda r: r.model.storage in GRID_BITS and r.qat is None and _requantizes(r) and r.update.kind not in SCALINGS,
         "merging an update that was not trained through the grid back onto it erases most of the update",
-        "add a qat section (the update is then trained through the grid), or export `merged` or `peft`",
+        "add a qat section (the update is then trained through the grid), or set update.kind to ssb with tie: true or "
+        "to ia3 (scalings fold into scales), or export `merged` or `peft`",
     ),
     Rule(
         "grid other than int x compressed-tensors export",
@@ -54,10 +73,22 @@ EXPORTS: tuple[Rule, ...] = (
         "set qat.weights.kind to int, or export `merged`, whose 16-bit weights hold every grid's values",
     ),
     Rule(
-        "quantized activations x compressed-tensors export",
-        lambda r: r.qat is not None and r.qat.activations is not None and _exports(r, "compressed-tensors"),
-        "the file would say that activations are 16 bits, and its readers would not quantize them as in training",
-        "export `merged` (the trained weights, to be served with quantized activations), or leave qat.activations out",
+        "asymmetric or clipped activations x compressed-tensors export",
+        lambda r: _has_odd_activations(r) and _exports(r, "compressed-tensors"),
+        "its readers round the inputs of a layer to symmetric integers over the whole range of a token",
+        "set qat.activations to symmetric: true and clip: 1, or export `merged` (the trained weights alone)",
+    ),
+    Rule(
+        "activations beside zero points x compressed-tensors export",
+        lambda r: (
+            r.qat is not None
+            and r.qat.activations is not None
+            and not r.qat.weights.symmetric
+            and _exports(r, "compressed-tensors")
+        ),
+        "weights with zero points are unpacked by transformers while it loads them, after which it does not quantize "
+        "the inputs of the layer",
+        "set qat.weights.symmetric to true, or leave qat.activations out",
     ),
     Rule(
         "unpackable bit width x compressed-tensors export",
@@ -80,9 +111,29 @@ EXPORTS: tuple[Rule, ...] = (
     ),
     Rule(
         "update of any rank x peft export",
-        lambda r: r.update.kind in UNBOUNDED_RANK and _exports(r, "peft"),
+        lambda r: r.update.kind in UNBOUNDED_RANK and not _is_cut(r) and _exports(r, "peft"),
         "a LoRA file holds updates of bounded rank only",
-        "export `merged` (or `compressed-tensors` with qat), or set update.kind to lowrank, linchain, roco or bank",
+        "export `merged` (or `compressed-tensors` with qat), or set update.kind to lowrank, linchain, roco or bank, or "
+        "export.rank for a dense update, of which the file then holds the part of that rank",
+    ),
+    Rule(
+        "adapter x patch export",
+        lambda r: r.qat is None and _exports(r, "patch"),
+        "rows that were not trained through the grid lose most of their update when they are packed",
+        "add a qat section (rows are then trained through the grid), or export `peft` or `merged`",
+    ),
+    Rule(
+        "update of every row x patch export",
+        lambda r: not _touches_few_rows(r) and _exports(r, "patch"),
+        "a patch holds the rows that an update touches, and this one touches all; so does a trained column, which lies "
+        "in a group of every row",
+        "set update.kind to roco with rows and without columns, or to sift, or export `compressed-tensors` or `merged`",
+    ),
+    Rule(
+        "grid without packed checkpoint x patch export",
+        lambda r: r.qat is not None and r.qat.weights.kind not in ("int", "nf4") and _exports(r, "patch"),
+        "a patch changes rows of a packed base, and those that are read here hold int or nf4 codes",
+        "set qat.weights.kind to int or nf4, or export `merged`",
     ),
     Rule(
         "simulation target x export",
@@ -91,16 +142,22 @@ EXPORTS: tuple[Rule, ...] = (
         "set qat.target to portable or vllm, or leave out export",
     ),
     Rule(
-        "online rotation of down x export",
+        "online rotation of down x export without transforms",
         lambda r: (
             r.qat is not None
             and r.qat.target == "vllm"
             and r.qat.activations is not None
             and r.qat.rotation != "none"
-            and bool(r.export)
+            and any((e.format, e.profile) != ("compressed-tensors", "vllm") for e in r.export)
         ),
-        "no exporter here writes the input transform of down_proj, and transformers would ignore it",
-        "set qat.target to portable",
+        "only compressed-tensors with profile vllm holds the input transform of down_proj",
+        "set qat.target to portable, or export {format: compressed-tensors, profile: vllm} alone",
+    ),
+    Rule(
+        "profile vllm x format other than compressed-tensors",
+        lambda r: any(e.profile == "vllm" and e.format != "compressed-tensors" for e in r.export),
+        "a profile says whether a compressed-tensors folder may hold an online rotation, and no other format can",
+        "leave profile out",
     ),
 )
 """Rules of ``export``."""

@@ -6,10 +6,10 @@ from qaft.compat.rule import Rule
 
 GRIDS: tuple[Rule, ...] = (
     Rule(
-        "int4 storage x grid other than int",
-        lambda r: r.model.storage == "int4" and r.qat is not None and r.qat.weights.kind != "int",
+        "int4 storage x grid without integers",
+        lambda r: r.model.storage == "int4" and r.qat is not None and r.qat.weights.kind in ("nf4", "mxfp4", "nvfp4"),
         "storage int4 takes its grid from qat.weights, which holds no integers with a scale per group here",
-        "set model.storage to nf4, or qat.weights.kind to int",
+        "set model.storage to nf4 or bf16, or qat.weights.kind to int, q4_0 or q8_0",
     ),
     Rule(
         "int4 storage x another bit width",
@@ -22,6 +22,17 @@ GRIDS: tuple[Rule, ...] = (
         lambda r: r.model.double_quant and r.model.storage not in ("nf4", "fp4"),
         "only nf4 and fp4 have block scales to quantize again",
         "set model.double_quant to false, or model.storage to nf4 or fp4",
+    ),
+    Rule(
+        "activations of compressed-tensors x vllm target",
+        lambda r: (
+            r.qat is not None
+            and r.qat.target == "vllm"
+            and r.qat.activations is not None
+            and r.qat.activations.function == "compressed-tensors"
+        ),
+        "the kernels of vLLM divide inputs by another scale, under which a tenth of the codes differ",
+        "set qat.activations.function to vllm, or qat.target to portable",
     ),
 )
 """Rules of ``model`` and ``qat``."""

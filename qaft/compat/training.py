@@ -11,15 +11,22 @@ if TYPE_CHECKING:
     from qaft.recipe import Recipe
     from qaft.sections import KindSection
 
-PARTITIONABLE = ("adamw", "sgd")
+PARTITIONABLE = ("adamw", "multiplicative", "sgd")
 """Optimizers whose step of an element depends on that element alone."""
 
 LOZO = ("lozo", "lozo_m")
+
+FIRST_ORDER = ("backprop", "extragradient")
+"""Gradient sources that back-propagate."""
 
 
 def _is_partitioned(recipe: Recipe) -> bool:
     """Return whether DeepSpeed steps flat partitions instead of parameters (stages 1 to 3)."""
     return bool(zero_stage(recipe.train.deepspeed))
+
+
+def _is_zeroth_order(recipe: Recipe) -> bool:
+    return recipe.gradient.kind not in FIRST_ORDER
 
 
 def _lacks_blocks(recipe: Recipe) -> bool:
@@ -34,7 +41,7 @@ def _regularizers(recipe: Recipe, kind: str) -> list[KindSection]:
 TRAINING: tuple[Rule, ...] = (
     Rule(
         "zeroth-order source x ZeRO 1 to 3",
-        lambda r: r.gradient.kind != "backprop" and _is_partitioned(r),
+        lambda r: _is_zeroth_order(r) and _is_partitioned(r),
         "stage 3 leaves parameters empty outside of the forward pass, so that nothing of them can be probed, and every "
         "stage steps flat partitions, which no journal can repeat; there are no gradients to partition",
         "set train.deepspeed to zero0 or null (any launcher will do: ranks exchange a few scalars)",
@@ -53,7 +60,7 @@ TRAINING: tuple[Rule, ...] = (
     ),
     Rule(
         "zeroth-order source x regularize",
-        lambda r: r.gradient.kind != "backprop" and bool(r.regularize),
+        lambda r: _is_zeroth_order(r) and bool(r.regularize),
         "the probe runs beside the layers, where a penalty on parameters does not see it",
         "leave regularize out (optim.weight_decay pulls to the base model), or set gradient.kind to backprop",
     ),
@@ -61,7 +68,31 @@ TRAINING: tuple[Rule, ...] = (
         "optimizer that is not element by element x ZeRO 1 to 3",
         lambda r: r.optim.name not in PARTITIONABLE and _is_partitioned(r),
         "it would be stepped over flat partitions of many parameters, where rows, columns and blocks are others",
-        "set optim.name to adamw or sgd, or train.deepspeed to zero0 or null",
+        "set optim.name to adamw, multiplicative or sgd, or train.deepspeed to zero0 or null",
+    ),
+    Rule(
+        "multiplicative rule x updates",
+        lambda r: r.optim.name == "multiplicative" and r.optim.additive == 0,
+        "every update starts at 0, and a parameter that is 0 has no relative change",
+        "set optim.additive above 0 (the hybrid rule), or optim.name to adamw",
+    ),
+    Rule(
+        "extragradient x grad_accumulation",
+        lambda r: r.gradient.kind == "extragradient" and r.train.grad_accumulation > 1,
+        "each micro-batch would go ahead by its own share of the gradient, as far as there are micro-batches less",
+        "set train.grad_accumulation to 1 and a larger train.batch_size, or gradient.kind to backprop",
+    ),
+    Rule(
+        "extragradient x DeepSpeed",
+        lambda r: r.gradient.kind == "extragradient" and r.train.deepspeed is not None,
+        "it moves the parameters between two passes of a step, and the engine counts one pass a step",
+        "set train.deepspeed to null, or gradient.kind to backprop",
+    ),
+    Rule(
+        "extragradient x float16",
+        lambda r: r.gradient.kind == "extragradient" and r.model.dtype == "float16",
+        "the first of its two gradients passes the model without the engine's loss scale and underflows",
+        "set model.dtype to bfloat16, or gradient.kind to backprop",
     ),
     Rule(
         "16-bit trained parameters x ZeRO 1 to 3",
@@ -88,6 +119,14 @@ TRAINING: tuple[Rule, ...] = (
         "set train.gradient_checkpointing to false (a smaller train.batch_size saves memory too), or use kl",
     ),
     Rule(
+        "pace fast x data that is no classification set",
+        lambda r: (
+            r.data.classification is None and any(s.options.get("variant") == "fast" for s in _regularizers(r, "pace"))
+        ),
+        "it keeps a hidden state for every target of the training data from one epoch to the next",
+        "set variant to lazy_half, which costs no more, or give data.classification",
+    ),
+    Rule(
         "mpc x update without two trained factors",
         lambda r: r.update.kind not in ("lowrank", "linchain") and bool(_regularizers(r, "mpc")),
         "it keeps the factors A and B of a low-rank update near orthonormal",
@@ -107,16 +146,14 @@ TRAINING: tuple[Rule, ...] = (
     ),
     Rule(
         "tied scalings x zeroth-order source",
-        lambda r: r.update.kind == "ssb" and bool(r.update.options.get("tie")) and r.gradient.kind != "backprop",
+        lambda r: r.update.kind == "ssb" and bool(r.update.options.get("tie")) and _is_zeroth_order(r),
         "a probe moves the parameters of one layer, and tied layers share theirs",
         "set update.tie to false, or gradient.kind to backprop",
     ),
     Rule(
         "entries chosen by gradient x zeroth-order source",
         lambda r: (
-            r.update.kind == "sift"
-            and r.update.options.get("choose", "gradient") == "gradient"
-            and r.gradient.kind != "backprop"
+            r.update.kind == "sift" and r.update.options.get("choose", "gradient") == "gradient" and _is_zeroth_order(r)
         ),
         "choosing them back-propagates through the model, whose activations a zeroth-order run has no memory for",
         "set update.choose to magnitude or random, or gradient.kind to backprop",

@@ -39,11 +39,12 @@ class ClassificationItem(Protocol):
 
 @dataclass(frozen=True)
 class Accuracy:
-    """``predictions``: the chosen option of each item, in order."""
+    """``predictions``: the chosen option of each item, in order; ``loss``: mean of -score(right option), in nats."""
 
     correct: int
     total: int
     predictions: tuple[int, ...]
+    loss: float
 
     @property
     def value(self) -> float:
@@ -64,16 +65,18 @@ def verbalizer_accuracy(model: Any, items: Iterable[ClassificationItem], *, batc
         DataError: there is no item, or a prompt or an option has no token.
     """
     predictions: list[int] = []
-    correct, pending = 0, iter(items)
+    correct, loss, pending = 0, 0.0, iter(items)
     with evaluating(model):
         scorer = TokenScorer(model)
         while batch := list(islice(pending, batch_size)):
-            chosen = [int(torch.stack(scores).argmax()) for scores in _scores(scorer, batch)]
+            scores = [torch.stack(of_options) for of_options in _scores(scorer, batch)]
+            chosen = [int(of_options.argmax()) for of_options in scores]
             predictions += chosen
+            loss -= sum(float(of_options[item.label]) for of_options, item in zip(scores, batch, strict=True))
             correct += sum(option == item.label for option, item in zip(chosen, batch, strict=True))
     if not predictions:
         raise DataError("there is no item to classify")
-    return Accuracy(correct, len(predictions), tuple(predictions))
+    return Accuracy(correct, len(predictions), tuple(predictions), loss / len(predictions))
 
 
 def _scores(scorer: TokenScorer, batch: Sequence[ClassificationItem]) -> list[list[Tensor]]:

@@ -7,13 +7,14 @@ to the rounding of fp32 whatever module computes them, so the weights of an expo
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qaft.bases.base import FrozenLinear
+from qaft.evaluate.client_layers import held_weights
 from qaft.updates.base import Update
 
 
@@ -72,6 +73,21 @@ def _restore(tensors: Sequence[Tensor], originals: dict[int, Tensor]) -> Any:
 
 
 @torch.no_grad()
+def native_logits(model: nn.Module, prompts: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return the logits of each prompt (int64 [T]) in the model's own dtype, as fp32 [T, V] on the CPU."""
+    device, training = next(model.parameters()).device, model.training
+    model.eval()
+    try:
+        # Kernels of bitsandbytes for CPUs round scales, once and for all, and refuse some shapes.
+        with held_weights(model) if device.type == "cpu" else nullcontext():
+            return tuple(
+                model(input_ids=ids.to(device)[None], use_cache=False).logits[0].float().cpu() for ids in prompts
+            )
+    finally:
+        model.train(training)
+
+
+@torch.no_grad()
 def float_logits(model: nn.Module, prompts: Sequence[Tensor], *, via: torch.dtype | None = None) -> tuple[Tensor, ...]:
     """Return the fp32 logits of each prompt (int64 [T]) as [T, V] on the CPU; the model is as it was afterwards.
 
@@ -86,7 +102,7 @@ def float_logits(model: nn.Module, prompts: Sequence[Tensor], *, via: torch.dtyp
     # TF32 keeps 10 bits of the mantissa: far coarser than the bound that these logits are compared with.
     torch.set_float32_matmul_precision("highest")
     try:
-        with float32_weights(model, via=via):
+        with held_weights(model), float32_weights(model, via=via):
             return tuple(
                 model(input_ids=ids.to(device)[None], use_cache=False).logits[0].float().cpu() for ids in prompts
             )

@@ -24,9 +24,14 @@ def _quantizers(model: nn.Module) -> list[tuple[nn.Module, str, TokenQuantizer |
 
 
 @contextmanager
-def plain_activations(model: nn.Module) -> Iterator[None]:
-    """Let the live model compute without fake quantization of inputs and KV cache; afterwards it is as it was."""
-    found = _quantizers(model)
+def plain_activations(model: nn.Module, *, keep_inputs: bool = False) -> Iterator[None]:
+    """Let the live model compute without fake quantization of activations; afterwards it is as it was.
+
+    Args:
+        model: the live model.
+        keep_inputs: leave the quantizers of inputs in place, and take those of the KV cache alone.
+    """
+    found = [part for part in _quantizers(model) if not (keep_inputs and isinstance(part[2], TokenQuantizer))]
     try:
         for parent, name, _ in found:
             setattr(parent, name, nn.Identity())
@@ -36,10 +41,16 @@ def plain_activations(model: nn.Module) -> Iterator[None]:
             setattr(parent, name, quantizer)
 
 
-def activation_notes(model: nn.Module) -> tuple[str, ...]:
-    """Return what a reader of the export has to be told to do, one note per kind of quantizer."""
+def activation_notes(model: nn.Module, *, inputs_written: bool = False) -> tuple[str, ...]:
+    """Return what a reader of the export has to be told to do, one note per kind of quantizer.
+
+    Args:
+        model: the live model.
+        inputs_written: the export says itself how inputs are quantized.
+    """
     notes = []
-    for quantizer in dict.fromkeys(str(q) for _, _, q in _quantizers(model) if isinstance(q, TokenQuantizer)):
+    inputs = [str(q) for _, _, q in _quantizers(model) if isinstance(q, TokenQuantizer) and not inputs_written]
+    for quantizer in dict.fromkeys(inputs):
         notes.append(
             f"trained with quantized inputs, {quantizer}: the file holds weights only, so serve it with activations "
             "quantized like this; it was compared without"

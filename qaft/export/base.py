@@ -5,10 +5,11 @@ an exporter writes into a folder that does not exist yet; the folder appears com
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from qaft.bases.base import FrozenLinear
 from qaft.errors import DifferenceError
 from qaft.evaluate.difference import Difference
+from qaft.export.fingerprint import Deviation
 from qaft.layers.adapted import AdaptedLinear
 
 if TYPE_CHECKING:
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 
 Linear = AdaptedLinear | FrozenLinear
 """A linear layer of a loaded model: trained, or frozen."""
+
+InputFunction = Literal["vllm", "compressed-tensors"]
+"""Whose function rounds the inputs of layers: that of vLLM's integer kernels, or the one that transformers runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +40,14 @@ class ExportInfo:
         base: what the base model is called: hub id or folder.
         command: the command line that wrote the export.
         metrics: name -> value, for the model card.
+        notes: what was done to the model before it was written, which the user has to know.
     """
 
     recipe: Mapping[str, Any]
     base: str
     command: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,15 +57,24 @@ class Bound:
     Attributes:
         max_relative: limit of ``Difference.max_relative``, or None.
         kl_mean: limit of ``Difference.kl_mean`` in nats, or None.
+        floor: limit of the reload's KL in its own 16 bits, in units of that of the run in 16 bits; both against the run
+            in 32 bits. None for no limit.
+        flips: limit of the share of other input codes at every layer with quantized inputs, or None.
         reason: what the limit allows for.
     """
 
     max_relative: float | None = None
     kl_mean: float | None = None
+    floor: float | None = None
+    flips: float | None = None
     reason: str
 
-    def check(self, difference: Difference) -> None:
+    def check(self, difference: Difference | Deviation, *, consequence: str = "nothing was written") -> None:
         """Raise when the difference exceeds the bound; a value that is not a number exceeds every bound.
+
+        Args:
+            difference: what was measured.
+            consequence: how the message ends.
 
         Raises:
             DifferenceError: the message holds what was measured and what is allowed.
@@ -68,15 +84,62 @@ class Bound:
             if limit is not None and not measured <= limit:
                 raise DifferenceError(
                     f"the reloaded export is not the trained model: {name}={measured:.3g}, allowed {limit:.3g} "
-                    f"({self.reason}); top-1 agreement {difference.top1_agreement:.1%}; nothing was written"
+                    f"({self.reason}); top-1 agreement {difference.top1_agreement:.1%}; {consequence}"
                 )
 
+    def check_codes(self, flips: Mapping[str, float]) -> None:
+        """Raise when more codes of a layer's inputs differ than the bound allows.
 
-EXACT = Bound(max_relative=1e-5, reason="equal weights, fp32 sums in another order")
+        Args:
+            flips: layer -> share of codes that differ.
+
+        Raises:
+            DifferenceError: the message names the layer.
+        """
+        for name, share in flips.items():
+            if self.flips is not None and not share <= self.flips:
+                raise DifferenceError(
+                    f"the reloaded export quantizes inputs of {name} otherwise than the trained model: {share:.2%} of "
+                    f"the codes differ, allowed {self.flips:.0%}; nothing was written"
+                )
+
+    def floor_of(self, run: float) -> float:
+        """Return the KL that a reload in 16 bits may have, given that of the run itself in 16 bits."""
+        return (self.floor or math.inf) * max(run, SMALLEST_FLOOR)
+
+    def check_floor(self, reload: float, run: float) -> None:
+        """Raise when the reload in 16 bits is farther from the run in 32 than the bound allows.
+
+        Args:
+            reload: KL of the reload in 16 bits, nats per token.
+            run: KL of the run itself in 16 bits.
+
+        Raises:
+            DifferenceError: the message holds both.
+        """
+        if self.floor is not None and not reload <= self.floor_of(run):
+            raise DifferenceError(
+                f"the reloaded export in 16 bits is {reload:.2e} nats per token from the run in 32 bits, and the run "
+                f"itself in 16 bits {run:.2e}: allowed is {self.floor:g} times that; nothing was written"
+            )
+
+
+SMALLEST_FLOOR = 1e-7
+"""KL in nats below which two models in 16 bits are alike: the rounding of fp32 logits shows in it."""
+
+EXACT = Bound(max_relative=1e-5, floor=2.0, reason="equal weights, fp32 sums in another order")
 """The exported weights are the live ones: measured 0, and 3e-6 for fp32 weights in the original basis."""
 
-OTHER_DEVICE = Bound(max_relative=1e-4, reason="equal weights, reloaded on another device")
+OTHER_DEVICE = Bound(max_relative=1e-4, floor=2.0, reason="equal weights, reloaded on another device")
 """As EXACT, when the device of the run has no room for a second model."""
+
+FLIPPING = Bound(
+    kl_mean=1e-3,
+    floor=2.0,
+    flips=0.01,
+    reason="equal weights and codes of inputs, but where fp32 sums in another order cross a rounding boundary",
+)
+"""As EXACT where inputs are quantized: measured 0 on CPUs, where the sums have one order."""
 
 FLOOR_16BIT = Bound(kl_mean=1e-3, reason="rounded to 16 bits once more, in another basis")
 """A 260k-parameter Llama trained on stories: 2.6e-4 nats per token in bf16, 4e-6 in fp16."""
@@ -96,6 +159,8 @@ class Written:
         basis: basis of the weights, ``fused`` or ``original``.
         grids: one description per grid in the file, empty for plain weights.
         base: for adapters, the folder of the model that they are loaded on.
+        inputs: whose function rounds the inputs of layers as the file says; None: it says nothing of inputs.
+        vllm_only: whether transformers would compute something else, without an error.
         notes: what the user has to know.
     """
 
@@ -105,6 +170,8 @@ class Written:
     basis: str = "fused"
     grids: tuple[Mapping[str, Any], ...] = ()
     base: Path | None = None
+    inputs: InputFunction | None = None
+    vllm_only: bool = False
     notes: tuple[str, ...] = ()
 
 

@@ -13,12 +13,14 @@ import yaml
 from qaft import __version__
 from qaft.evaluate.difference import Difference
 from qaft.export.base import ExportInfo, Written
-
-STAMP = "qaft_export.json"
+from qaft.models.served import STAMP as STAMP
 
 _LOAD = {
     "merged": 'model = AutoModelForCausalLM.from_pretrained("{folder}")',
     "compressed-tensors": 'model = AutoModelForCausalLM.from_pretrained("{folder}")  # pip install compressed-tensors',
+    "gguf": 'model = AutoModelForCausalLM.from_pretrained("{folder}", gguf_file="model.gguf")  # or: llama-cli -m FILE',
+    "bnb": 'model = AutoModelForCausalLM.from_pretrained("{folder}")  # pip install bitsandbytes accelerate',
+    "gptq": 'model = AutoModelForCausalLM.from_pretrained("{folder}")  # pip install gptqmodel optimum; or vllm',
     "peft": 'model = AutoModelForCausalLM.from_pretrained("{folder}")  # base and adapter; pip install peft',
 }
 
@@ -38,7 +40,9 @@ def export_stamp(
         "base_model": info.base,
         "dtype": str(written.dtype).removeprefix("torch."),
         "basis": written.basis,
+        "bound": asdict(written.bound),
         "grids": [dict(grid) for grid in written.grids],
+        "inputs": written.inputs,
         "recipe": dict(info.recipe),
         "recipe_sha256": recipe_hash(info.recipe),
         "verified": None if difference is None else asdict(difference),
@@ -60,14 +64,14 @@ def model_card(
         "base_model": info.base,
         "library_name": "peft" if format == "peft" else "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["qaft", *([format] if format != "merged" else []), *(f"int{g['bits']}" for g in written.grids)],
+        "tags": ["qaft", *([format] if format != "merged" else []), *map(_grid_name, written.grids)],
     }
     sections = [
         f"# {name}",
         f"{info.base}, fine-tuned and exported by qaft {__version__}.",
-        _loading(name, format),
+        _loading(name, format, written),
         _storage(format, written),
-        _check(difference, rounding),
+        _check(difference, rounding, written),
         _list("Notes", written.notes),
         _list("Metrics", [f"{key}: {value:.6g}" for key, value in info.metrics.items()]),
         _origin(info),
@@ -76,7 +80,11 @@ def model_card(
     return f"---\n{front}---\n\n" + "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _loading(name: str, format: str) -> str:
+def _loading(name: str, format: str, written: Written) -> str:
+    if written.vllm_only:
+        return f"## Load\n\n```\nvllm serve {name}\n```\n\ntransformers would leave out what is in transform_config."
+    if format == "patch":
+        return f"## Load\n\n```\nqaft patch apply {name} --base BASE --out MODEL\n```"
     line = _LOAD[format].format(folder=name)
     return (
         "## Load\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
@@ -89,15 +97,24 @@ def _storage(format: str, written: Written) -> str:
     lines = [f"format: {format}, {dtype}", f"basis: {written.basis}"]
     for grid in written.grids:
         groups = "one scale per output channel" if grid["group_size"] is None else f"groups of {grid['group_size']}"
-        lines.append(f"grid: int{grid['bits']}, {groups}, {'symmetric' if grid['symmetric'] else 'asymmetric'}")
+        inputs = f"; inputs int{grid['inputs']}, one scale per token" if grid.get("inputs") else ""
+        lines.append(
+            f"grid: {_grid_name(grid)}, {groups}, {'symmetric' if grid['symmetric'] else 'asymmetric'}{inputs}"
+        )
     return _list("Weights", lines)
 
 
-def _check(difference: Difference | None, rounding: Difference | None) -> str:
+def _grid_name(grid: Mapping[str, Any]) -> str:
+    return f"int{grid['bits']}" if grid["kind"] == "int" else grid["kind"]
+
+
+def _check(difference: Difference | None, rounding: Difference | None, written: Written) -> str:
     if difference is None:
         return _list("Check", ["not verified: the export was written without reloading it"])
+    served = written.vllm_only or written.inputs == "vllm"
+    reader = "transformers, with inputs and transforms as vLLM has them," if served else "plain transformers"
     lines = [
-        f"reloaded by plain transformers in a fresh process, {difference.num_tokens} tokens, fp32 logits: "
+        f"reloaded by {reader} in a fresh process, {difference.num_tokens} tokens, fp32 logits: "
         f"max relative difference {difference.max_relative:.1e}, KL {difference.kl_mean:.1e} nats, "
         f"same top token {difference.top1_agreement:.1%}"
     ]

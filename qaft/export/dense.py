@@ -30,6 +30,7 @@ from qaft.export.tensors import (
     require_portable,
 )
 from qaft.layers.adapted import AdaptedLinear
+from qaft.models.reading import stored_names
 
 if TYPE_CHECKING:
     from qaft.models.load import LoadedModel
@@ -53,8 +54,9 @@ def _write(loaded: LoadedModel, section: ExportSection, folder: Path) -> Written
     dtype = getattr(torch, section.dtype) if section.dtype else live_dtype
     original = section.basis == "original"
     writer = CheckpointWriter(folder, max_shard_bytes=shard_bytes(section.max_shard_gb))
+    names = stored_names(loaded.source, loaded.model)
     for name, tensor in _original_tensors(loaded, dtype) if original else _fused_tensors(loaded, dtype):
-        writer.add(name, to_dtype(name, tensor, dtype))
+        writer.add(names.get(name, name), to_dtype(name, tensor, dtype))
     writer.close()
     write_hf_files(
         loaded,

@@ -2,9 +2,8 @@
 
     dW = up @ down,   down -> lora_A [R, I],  up -> lora_B [O, R],   lora_alpha / r = 1 in every layer
 
-A run in a fused basis (W' = R_out^T W diag(gamma) R_in) is turned back on the factors, with the rank unchanged:
-
-    dW = R_out dW' R_in^T diag(1 / gamma)    =>    lora_B = R_out up,   lora_A = down R_in^T diag(1 / gamma)
+A run in a fused basis is turned back to the original one, and a dense update is cut to the rank that the export section
+names; see ``lora_factors.py``.
 
 Shapes: O = out_features, I = in_features, R = rank.
 """
@@ -12,23 +11,27 @@ Shapes: O = out_features, I = in_features, R = rank.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.console import Console
+from torch import Tensor
 
 from qaft.bases.dense import DenseBase
 from qaft.errors import ExportError
-from qaft.export.base import EXACT, FLOOR_16BIT, UNBOUNDED, Bound, ExportInfo, ExportReport, Written
+from qaft.export.base import EXACT, FLOOR_16BIT, UNBOUNDED, Bound, ExportInfo, ExportReport, Linear, Written
 from qaft.export.checkpoint_writer import to_dtype
 from qaft.export.hf_files import write_json, write_tokenizer
+from qaft.export.lora_factors import Adapter, adapter_of
 from qaft.export.publish import publish
 from qaft.export.tensors import linear_layers, model_dtype, require_plain_options, require_portable
+from qaft.export.truncation import energy_note, energy_table
 from qaft.layers.adapted import AdaptedLinear
-from qaft.rotation.place import Place
 from qaft.tensor_file import save_tensors
-from qaft.updates.base import LowRankFactors
+from qaft.updates.dense import DenseDelta
 
 if TYPE_CHECKING:
     from qaft.models.load import LoadedModel
@@ -39,7 +42,7 @@ def export_peft(loaded: LoadedModel, section: ExportSection, folder: Path, info:
     """A LoRA adapter (adapter_model.safetensors) for PEFT, vLLM and llama.cpp, on the original base model.
 
     Raises:
-        ExportError: see ``Exporter``; or an update has no bounded rank.
+        ExportError: see ``Exporter``; or an update has no bounded rank, and the section names none to cut it to.
         DifferenceError: the reload differs by more than its bound.
     """
     require_plain_options(section)
@@ -48,62 +51,90 @@ def export_peft(loaded: LoadedModel, section: ExportSection, folder: Path, info:
     if not adapted:
         raise ExportError("peft: the run adapts no layer, so there is no adapter to write")
     for name, layer in adapted.items():
-        if layer.update.low_rank_factors() is None:
-            raise ExportError(
-                f"{name}: update {type(layer.update).__name__} is not of bounded rank, which a LoRA file needs; export "
-                "`merged` or `compressed-tensors`, or train with update.kind lowrank, linchain, roco or bank"
-            )
-        if loaded.fusion is not None and loaded.fusion.moves_shift(name):
-            raise ExportError(
-                f"{name}: its bias holds what the bias of a LayerNorm contributes, which changes with the update, and "
-                "a LoRA file holds no bias; export `merged` or `compressed-tensors`, or train with qat.rotation none"
-            )
-    return publish(loaded, section, folder, info, write=partial(_write, loaded, adapted, info))
+        _require_rank(name, layer, section.rank)
+    adapters = {name: adapter_of(name, layer, loaded, section.rank) for name, layer in adapted.items()}
+    kept = {name: adapter.kept for name, adapter in adapters.items() if adapter.kept is not None}
+    if kept:
+        Console(stderr=True).print(energy_table(kept))
+    return publish(loaded, section, folder, info, write=partial(_write, loaded, adapted, adapters, info))
 
 
-def _write(loaded: LoadedModel, adapted: dict[str, AdaptedLinear], info: ExportInfo, folder: Path) -> Written:
-    places = {} if loaded.fusion is None else loaded.fusion.places
-    tensors: dict[str, torch.Tensor] = {}
-    ranks: dict[str, int] = {}
-    for name, layer in adapted.items():
-        factors = layer.update.low_rank_factors()
-        assert factors is not None
-        if name in places:
-            factors = restored(factors, places[name], loaded)
-        ranks[name] = factors.down.shape[0]
-        prefix = f"base_model.model.{name}"
-        tensors[f"{prefix}.lora_A.weight"] = to_dtype(name, factors.down, torch.float32).cpu().contiguous()
-        tensors[f"{prefix}.lora_B.weight"] = to_dtype(name, factors.up, torch.float32).cpu().contiguous()
+def _require_rank(name: str, layer: AdaptedLinear, rank: int | None) -> None:
+    if layer.update.has_low_rank():
+        if rank is not None:
+            raise ExportError(
+                f"{name}: its update has a rank of its own, which export.rank={rank} would cut; leave it out"
+            )
+        return
+    if not isinstance(layer.update, DenseDelta):
+        raise ExportError(
+            f"{name}: update {type(layer.update).__name__} is not of bounded rank, which a LoRA file needs; export "
+            "`merged` or `compressed-tensors`, or train with update.kind lowrank, linchain, roco or bank"
+        )
+    limit = min(layer.out_features, layer.in_features)
+    if rank is None or rank > limit:
+        raise ExportError(
+            f"{name}: a dense update is not of bounded rank: a LoRA file holds the part of it that export.rank names, "
+            f"in [1, {limit}] for this layer, not {rank}; or export `merged` or `compressed-tensors`"
+        )
+
+
+def _write(
+    loaded: LoadedModel,
+    adapted: dict[str, AdaptedLinear],
+    adapters: dict[str, Adapter],
+    info: ExportInfo,
+    folder: Path,
+) -> Written:
+    tensors: dict[str, Tensor] = {}
+    biased = any(adapter.bias is not None for adapter in adapters.values())
+    for name, adapter in adapters.items():
+        prefix, up = f"base_model.model.{name}", adapter.factors.up
+        tensors[f"{prefix}.lora_A.weight"] = to_dtype(name, adapter.factors.down, torch.float32).cpu().contiguous()
+        tensors[f"{prefix}.lora_B.weight"] = to_dtype(name, up, torch.float32).cpu().contiguous()
+        if biased:
+            # One switch of the file for all layers.
+            bias = adapter.bias if adapter.bias is not None else up.new_zeros(len(up))
+            tensors[f"{prefix}.lora_B.bias"] = to_dtype(name, bias, torch.float32).cpu()
     save_tensors(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    write_json(folder / "adapter_config.json", adapter_config(ranks, info.base))
+    ranks = {name: adapter.factors.down.shape[0] for name, adapter in adapters.items()}
+    write_json(folder / "adapter_config.json", adapter_config(ranks, info.base, biased=biased))
     write_tokenizer(loaded, folder)
     bound, notes = _promise(loaded, adapted)
-    return Written(dtype=torch.float32, bound=bound, basis="original", base=loaded.source.folder, notes=notes)
+    kept = {name: adapter.kept for name, adapter in adapters.items() if adapter.kept is not None}
+    exported: Callable[[str, Linear], Tensor] | None = None
+    if kept:
+        notes = (*notes, energy_note(kept))
+        # What the file holds is compared in the basis of the run; in another one only the whole update is known.
+        exported, bound = (partial(_adapted_weight, adapters), bound) if loaded.fusion is None else (None, UNBOUNDED)
+    if biased:
+        notes = (*notes, "lora_bias is set: PEFT and transformers load that, vLLM and llama.cpp do not")
+    return Written(
+        dtype=torch.float32,
+        bound=bound,
+        exported_weight=None if bound is UNBOUNDED else exported,
+        basis="original",
+        base=loaded.source.folder,
+        notes=notes,
+    )
 
 
-@torch.no_grad()
-def restored(factors: LowRankFactors, place: Place, loaded: LoadedModel) -> LowRankFactors:
-    """Return the factors of the same update in the original basis, fp32, computed in fp64.
+def _adapted_weight(adapters: dict[str, Adapter], name: str, layer: Linear) -> Tensor:
+    """Return the weight of base and adapter of an unrotated run with dense bases, fp32 [O, I]."""
+    if not isinstance(layer, AdaptedLinear):
+        return layer.dequantize().float()
+    factors = adapters[name].factors
+    return layer.base.dequantize().float() + factors.up @ factors.down
 
-    Raises:
-        ExportError: a norm weight holds zeros, so that the update cannot be undone there.
+
+def adapter_config(ranks: dict[str, int], base: str, *, biased: bool = False) -> dict[str, Any]:
+    """Return adapter_config.json for adapters of these ranks by module path, each with lora_alpha / r = 1.
+
+    Args:
+        ranks: module path -> rank.
+        base: id or folder of the base model.
+        biased: whether lora_B has a bias, in every layer.
     """
-    down, up = factors.down.double(), factors.up.double()
-    if place.reads is not None:
-        down = place.reads.undo(down)
-    assert loaded.fusion is not None
-    gamma = loaded.fusion.gamma(place, loaded.originals)
-    if gamma is not None:
-        if not bool(gamma.all()):
-            raise ExportError(f"{place.norm} holds zeros: its readers cannot be brought back to the original basis")
-        down = down / gamma.to(down.device)
-    if place.writes is not None:
-        up = place.writes.undo(up, dim=0)
-    return LowRankFactors(down=down.float(), up=up.float())
-
-
-def adapter_config(ranks: dict[str, int], base: str) -> dict[str, Any]:
-    """Return adapter_config.json for adapters of these ranks by module path, each with lora_alpha / r = 1."""
     rank = Counter(ranks.values()).most_common(1)[0][0]
     others = {name: r for name, r in ranks.items() if r != rank}
     return {
@@ -118,6 +149,7 @@ def adapter_config(ranks: dict[str, int], base: str) -> dict[str, Any]:
         "target_modules": sorted(ranks),
         "lora_dropout": 0.0,
         "bias": "none",
+        "lora_bias": biased,
         "fan_in_fan_out": False,
         "use_rslora": False,
         "use_dora": False,

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from qaft.export.activations import activation_notes
 from qaft.export.base import ExportInfo, ExportReport, Written
 from qaft.export.card import STAMP, export_stamp, model_card
+from qaft.export.digests import digests
+from qaft.export.fingerprint import FINGERPRINT, Fingerprint
 from qaft.export.hf_files import write_json
 from qaft.export.staging import staged
 from qaft.export.verify import verify_export
@@ -36,13 +38,20 @@ def publish(
     """
     with staged(folder, force=section.force) as stage:
         written = write(stage)
-        written = replace(written, notes=(*written.notes, *activation_notes(loaded.model)))
+        told = activation_notes(loaded.model, inputs_written=written.inputs is not None)
+        written = replace(written, notes=(*info.notes, *written.notes, *told))
+        # A fresh process reads in it whose function rounds the inputs.
+        write_json(stage / STAMP, export_stamp(section.format, written, info, None, None))
         verification = verify_export(loaded, stage, written) if section.verify else None
         difference = None if verification is None else verification.difference
         rounding = None if verification is None else verification.rounding
-        write_json(stage / STAMP, export_stamp(section.format, written, info, difference, rounding))
+        if verification is not None:
+            written = replace(written, notes=(*written.notes, *verification.notes()))
+            Fingerprint.of(verification.reference).save(stage / FINGERPRINT)
         card = model_card(folder.name, section.format, written, info, difference, rounding)
         (stage / "README.md").write_text(card, encoding="utf-8")
+        stamp = export_stamp(section.format, written, info, difference, rounding)
+        write_json(stage / STAMP, {**stamp, "files": digests(stage, without=STAMP)})
     sizes = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
     return ExportReport(
         folder=folder, files=tuple(sizes), sizes=sizes, notes=written.notes, difference=difference, rounding=rounding

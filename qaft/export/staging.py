@@ -74,6 +74,23 @@ def remove_leftovers(folder: Path) -> None:
                     warnings.warn(f"{path}: removed, a killed export had left it", stacklevel=2)
 
 
+def restore_replaced(folder: Path) -> None:
+    """Bring back, with a warning, a folder that a killed replacement had moved aside before the new one was in place.
+
+    What another host has moved is left alone.
+    """
+    if folder.exists() or not folder.parent.is_dir():
+        return
+    mark = _beside(folder, "old", "").name
+    for path in sorted(folder.parent.iterdir()):
+        if path.name.startswith(mark) and path.name.removeprefix(mark).isdigit():
+            with _locked(path) as mine:
+                if mine:
+                    path.rename(folder)
+                    warnings.warn(f"{folder}: brought back from {path}, where a killed process left it", stacklevel=2)
+                    return
+
+
 def _beside(folder: Path, kind: str, pid: str) -> Path:
     return folder.with_name(f"{folder.name}.{kind}-{platform.node()}-{pid}")
 

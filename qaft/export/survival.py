@@ -13,10 +13,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from rich.table import Table
 from torch import Tensor
 
 from qaft.errors import ExportError
+from qaft.export.base import Linear
+from qaft.layers.adapted import AdaptedLinear
+from qaft.quant.base import Quantizer
 
 SMALLEST_SHARE = 0.7
 """Below this the exported model is closer to the base than to the trained one in what training changed."""
@@ -50,6 +54,23 @@ def survival(name: str, base: Tensor, updated: Tensor, served_base: Tensor, serv
         return Survival(name, None, loss / max(float(updated.double().norm()), 1e-300))
     realized = served.double() - served_base.double()
     return Survival(name, float((realized * update).sum()) / size**2, loss / size)
+
+
+@torch.no_grad()
+def latent(layer: Linear) -> Tensor:
+    """Return the weight of a layer before it is put onto a grid, fp32 [O, I]."""
+    return layer.latent() if isinstance(layer, AdaptedLinear) else layer.dequantize().float()
+
+
+def layer_survival(name: str, layer: Linear, quantizer: Quantizer) -> Survival:
+    """Return how much of a layer's update survives on the grid of ``quantizer``."""
+    base = (layer.base if isinstance(layer, AdaptedLinear) else layer).dequantize().float()
+    updated = latent(layer)
+    return survival(name, base, updated, _served(quantizer, base), _served(quantizer, updated))
+
+
+def _served(quantizer: Quantizer, weight: Tensor) -> Tensor:
+    return quantizer.quantize(weight).dequantize(torch.float32)
 
 
 def survival_table(rows: Sequence[Survival]) -> Table:

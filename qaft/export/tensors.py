@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -53,6 +53,18 @@ def _walk(module: nn.Module, name: str) -> Iterator[tuple[str, Linear | Tensor]]
         yield from _walk(child, prefix + child_name)
 
 
+def dense_linears(model: nn.Module, packed: Container[str]) -> list[str]:
+    """Return the linear layers that are not ``packed``, as a reader names them; the head is one also where it is tied.
+
+    Args:
+        model: the live model.
+        packed: module paths.
+    """
+    head = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) or m is head]
+    return [*dict.fromkeys([*(n for n in linear_layers(model) if n not in packed), *names])]
+
+
 def model_dtype(loaded: LoadedModel) -> torch.dtype:
     """Return the dtype that the model computes in."""
     return next(loaded.model.get_input_embeddings().parameters()).dtype
@@ -92,10 +104,12 @@ def require_plain_options(section: ExportSection) -> None:
     Raises:
         RecipeError: dtype or basis is set.
     """
-    for key, wanted in (("dtype", section.dtype), ("basis", section.basis if section.basis != "fused" else None)):
+    basis = section.basis if section.basis != "fused" else None
+    dtype = section.dtype if section.format != "gguf" else None
+    for key, wanted, formats in (("dtype", dtype, "formats merged and gguf"), ("basis", basis, "format merged")):
         if wanted is not None:
             raise RecipeError(
-                f"export.{key}={wanted!r} applies to format merged only; leave it out for {section.format}, which "
+                f"export.{key}={wanted!r} applies to {formats} only; leave it out for {section.format}, which "
                 "stores what was trained as it is"
             )
 

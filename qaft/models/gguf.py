@@ -66,8 +66,11 @@ def convert_gguf(file: Path, dtype: torch.dtype) -> Path:
 
 def _convert(file: Path, dtype: torch.dtype, folder: Path) -> None:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-        model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=dtype)
+        # Alone in a folder: of tokenizer files beside it transformers would take some, and leave out the chat template.
+        with tempfile.TemporaryDirectory(prefix="qaft-gguf-") as alone:
+            Path(alone, file.name).symlink_to(file.resolve())
+            tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=file.name)
+            model = AutoModelForCausalLM.from_pretrained(alone, gguf_file=file.name, dtype=dtype)
     except Exception as error:  # on what they do not know the readers raise anything, struct.error to AttributeError
         raise ModelError(
             f"{file}: transformers cannot read this GGUF file ({type(error).__name__}: {error}); it may be truncated, "

@@ -14,9 +14,10 @@ from qaft.bases.base import FrozenLinear
 from qaft.bases.dense import DenseBase
 from qaft.errors import ModelError, RecipeError
 from qaft.models.latents import off_grid
-from qaft.quant import build_quantizer
+from qaft.quant import Q4_0, Q8_0, build_quantizer
 from qaft.quant.affine import Affine
 from qaft.quant.base import Quantizer
+from qaft.quant.ggml import GgmlBlocks
 from qaft.quant.nf4 import NF4
 from qaft.sections import GridSection, ModelSection, QatSection
 
@@ -28,11 +29,19 @@ Named = Callable[[str], bool]
 GRID_STORAGES: dict[str, int] = {"int4": 4, "int8_group": 8}
 """Storages on an affine grid, and the bits of their codes."""
 
+GGUF_KINDS = ("q4_0", "q8_0")
+"""Grids of ``qat.weights`` that are a block format of GGUF with integer codes."""
 
-def frozen_quantizer(section: ModelSection, qat: QatSection | None) -> Affine | None:
-    """Return the grid of ``int4`` and ``int8_group`` layers, grouped like an affine ``qat.weights``, or None."""
+
+def frozen_quantizer(section: ModelSection, qat: QatSection | None) -> Affine | GgmlBlocks | None:
+    """Return the grid of ``int4`` and ``int8_group`` layers, grouped like an affine ``qat.weights``, or None.
+
+    Beside a block format of GGUF they are its formats of that width, Q4_0 and Q8_0.
+    """
     if section.storage not in GRID_STORAGES:
         return None
+    if qat is not None and qat.weights.kind in GGUF_KINDS:
+        return Q4_0() if GRID_STORAGES[section.storage] == 4 else Q8_0()
     if qat is not None and qat.weights.kind == "int":
         grid = qat.weights
     else:

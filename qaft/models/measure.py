@@ -35,11 +35,13 @@ class Grids:
     Attributes:
         weights: module name -> that of its weight, or None where it stays in 16 bits.
         inputs: that of the inputs of linears with a quantized weight, or None.
+        reads_integers: module name -> whether its inputs are quantized too, which those of code books are not.
         cache: that of keys and values, or None.
     """
 
     weights: Callable[[str], Quantize | None]
     inputs: Quantize | None = None
+    reads_integers: Callable[[str], bool] = lambda _: True
     cache: Quantize | None = None
 
 
@@ -207,7 +209,7 @@ class _Comparison:
         self, name: str, met: str, x: Tensor, plain: Mapping[str, Tensor], weight: Tensor
     ) -> dict[Bits, LinearErrors]:
         quantize = self._grids.weights(name)
-        inputs = None if quantize is None else self._grids.inputs
+        inputs = self._grids.inputs if quantize is not None and self._grids.reads_integers(name) else None
         step = max(1, weight.shape[0] // MEASURED_ROWS)
         energy = output_energy(x, weight) / weight.shape[0]
         errors = {}

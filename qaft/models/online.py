@@ -9,8 +9,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qaft.arch.base import Arch
+from qaft.bases.affine import AffineBase
 from qaft.bases.base import FrozenLinear
-from qaft.bases.dense import DenseBase
 from qaft.layers.adapted import AdaptedLinear
 from qaft.layers.attach import adapted_layers, frozen_layers
 from qaft.layers.inputs import LayerInput, put_before
@@ -35,7 +35,7 @@ def put_online(
         arch: its names and sizes.
         choice: which rotations are in use; None for none.
         rotation: a key of ``ROTATIONS``.
-        inputs: fake quantizer of the inputs of every linear whose weight is on a grid, or None.
+        inputs: fake quantizer of the inputs of linears in integers, see ``quantize_inputs``, or None.
         cache: fake quantizer of keys (after RoPE) and values, or None.
 
     Raises:
@@ -58,14 +58,18 @@ def put_online(
 def quantize_inputs(
     model: nn.Module, quantizer: nn.Module | None, *, rotated: set[str] | None = None, rotation: nn.Module | None = None
 ) -> None:
-    """Put ``quantizer`` before every linear whose weight is on a grid, and ``rotation`` before those in ``rotated``."""
+    """Put ``quantizer`` before the linears that servers run in integers, and ``rotation`` before those in ``rotated``.
+
+    These are the trained layers with a grid and the frozen ones in packed integers. Code books (bitsandbytes) are
+    multiplied in 16 bits everywhere, so their inputs stay in 16 bits too.
+    """
     layers: dict[str, AdaptedLinear | FrozenLinear] = {**adapted_layers(model), **frozen_layers(model)}
     for name, layer in layers.items():
         before = rotation if name in (rotated or ()) else None
-        after = quantizer if _is_on_grid(layer) else None
+        after = quantizer if _is_integer(layer) else None
         if before is not None or after is not None:
             put_before(layer, LayerInput(rotation=before, quantizer=after))
 
 
-def _is_on_grid(layer: AdaptedLinear | FrozenLinear) -> bool:
-    return layer.quantizer is not None if isinstance(layer, AdaptedLinear) else not isinstance(layer, DenseBase)
+def _is_integer(layer: AdaptedLinear | FrozenLinear) -> bool:
+    return layer.quantizer is not None if isinstance(layer, AdaptedLinear) else isinstance(layer, AffineBase)

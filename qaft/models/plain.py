@@ -1,4 +1,8 @@
-"""Load a checkpoint as any user of transformers would, to compare with or to evaluate."""
+"""Load a checkpoint as any user of transformers would, to compare with or to evaluate.
+
+What transformers leaves out of a compressed-tensors checkpoint without an error, or computes otherwise than the server
+that it was trained for, is put in; see ``served.py``.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from qaft.errors import ModelError
+from qaft.models.served import serving_of
 
 
 def load_plain(
@@ -21,18 +26,20 @@ def load_plain(
         dtype: None for the checkpoint's own.
 
     Raises:
-        ModelError: transformers cannot load it.
+        ModelError: transformers cannot load it, or it asks for a transform that only its server has.
     """
     path = Path(name)
     where, options = (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (name, {})
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
         model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype or "auto", **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (ImportError, OSError, ValueError, KeyError) as error:
         raise ModelError(f"{name}: cannot be loaded by transformers: {error}") from error
     model = model.to(device).eval()  # pyright: ignore[reportArgumentType]
-    if model.config.to_dict().get("quantization_config"):
+    method = (model.config.to_dict().get("quantization_config") or {}).get("quant_method")
+    if method == "compressed-tensors":
         with torch.no_grad():
-            # compressed-tensors unpacks in the first forward; until then the layers do not have their weights.
+            # It unpacks in the first forward; until then the layers do not have their weights.
             model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device))
+        serving_of(model, name).put_into(model)
     return model, tokenizer

@@ -72,7 +72,7 @@ class ModelReader:
         self._source = source
         self.fusion = fusion
         self._device = device
-        stored = _stored_names(source, model)
+        stored = stored_names(source, model)
         shared = _shared_tensors(source, model, stored)
         self.tied = bool(shared)
         self.ties = {} if fusion is not None and fusion.untied() else shared
@@ -111,8 +111,9 @@ class ModelReader:
         return self._source.read(self._origin[name]).to(self._device)
 
 
-def _stored_names(source: CheckpointSource, model: PreTrainedModel) -> dict[str, str]:
-    """Return model name -> checkpoint name: families that were renamed in transformers keep their stored names.
+def stored_names(source: CheckpointSource, model: PreTrainedModel) -> dict[str, str]:
+    """Return model name -> checkpoint name of every stored tensor: families that were renamed in transformers keep
+    their stored names, which other readers know.
 
     Raises:
         ModelError: the family also regroups tensors.

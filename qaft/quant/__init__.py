@@ -13,6 +13,7 @@ from qaft.quant.fp4 import MXFP4, NVFP4
 from qaft.quant.kv import KVQuantizer, RosteKV, VllmKV
 from qaft.quant.nf4 import NF4
 from qaft.quant.q4_0 import Q4_0
+from qaft.quant.q8_0 import Q8_0
 
 if TYPE_CHECKING:
     from qaft.sections import GridSection
@@ -23,6 +24,7 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     "nf4": NF4,
     "nvfp4": NVFP4,
     "q4_0": Q4_0,
+    "q8_0": Q8_0,
 }
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "NF4",
     "NVFP4",
     "Q4_0",
+    "Q8_0",
     "QUANTIZERS",
     "Affine",
     "KVQuantizer",

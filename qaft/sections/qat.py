@@ -12,15 +12,16 @@ from qaft.sections.base import Section
 Ste = Literal["identity", "clamp", "trust"]
 """Where the straight-through gradient passes: everywhere, within the grid's range, or half a step beyond it too."""
 
-_BLOCK_SIZES = {"nf4": 64, "q4_0": 32, "mxfp4": 32, "nvfp4": 16}
+_BLOCK_SIZES = {"nf4": 64, "q4_0": 32, "q8_0": 32, "mxfp4": 32, "nvfp4": 16}
 """Weights per scale of the grids that come in blocks; only nf4 has other sizes too."""
 
 
 class GridSection(Section):
     """A weight grid."""
 
-    kind: Literal["int", "nf4", "q4_0", "mxfp4", "nvfp4"] = Field(
-        default="int", description="int: affine; nf4: code book of bitsandbytes; q4_0: GGUF; mxfp4, nvfp4: e2m1 floats"
+    kind: Literal["int", "nf4", "q4_0", "q8_0", "mxfp4", "nvfp4"] = Field(
+        default="int",
+        description="int: affine; nf4: code book of bitsandbytes; q4_0, q8_0: GGUF; mxfp4, nvfp4: e2m1 floats",
     )
     bits: int = Field(default=4, ge=2, le=8, description="bits per weight (int grids)")
     group_size: int | None = Field(
@@ -72,6 +73,20 @@ class ActivationSection(Section):
     symmetric: bool = Field(default=True, description="true: what servers run; false: with zero points, as RoSTE")
     clip: float = Field(default=1.0, gt=0, le=1, description="the part of a token's range kept; RoSTE: 0.95")
     ste: Ste = Field(default="identity", description="where the gradient passes; matters with a clip")
+    function: Literal["vllm", "compressed-tensors"] = Field(
+        default="vllm",
+        description="vllm: scale max / q_max, as int kernels have it; compressed-tensors: max / (q_max + 1/2), as "
+        "transformers has it when it runs the export",
+    )
+
+    @model_validator(mode="after")
+    def _compressed_tensors_has_one_function(self) -> ActivationSection:
+        if self.function == "compressed-tensors" and (not self.symmetric or self.clip < 1):
+            raise ValueError(
+                f"function=compressed-tensors is symmetric and does not clip: symmetric={self.symmetric} and "
+                f"clip={self.clip} must be true and 1"
+            )
+        return self
 
 
 class KVCacheSection(Section):
@@ -117,4 +132,9 @@ class QatSection(Section):
         description="what will run the export. portable: fused rotations; vllm: R4 too; simulation: all, no export",
     )
     calibration_tokens: int = Field(default=8192, ge=1, description="adaptive: tokens of data.train to measure on")
+    reselect_every: int | None = Field(
+        default=None,
+        ge=1,
+        description="adaptive: steps after which R2, R3 and R4 are chosen again, with the weights of that moment",
+    )
     rotated: RotatedSection | None = Field(default=None, description="the rotations in use; leave out to have them set")

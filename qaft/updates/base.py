@@ -9,10 +9,10 @@ Both are asserted for every registered class by ``tests/contracts/test_update_co
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,32 @@ class LowRankFactors:
 
     down: Tensor
     up: Tensor
+
+
+@dataclass(frozen=True)
+class ChannelChanges:
+    """``W = diag(1 + outputs) W0 diag(1 + inputs)``; None for no change. The parameters themselves, [O] and [I]."""
+
+    inputs: Tensor | None = None
+    outputs: Tensor | None = None
+
+
+@runtime_checkable
+class FusesProbe(Protocol):
+    """An update that adds a zeroth-order probe to its output inside a product that it computes anyway."""
+
+    def forward_probed(
+        self, x: Tensor, base: Matmul, directions: Sequence[Mapping[str, Tensor]], steps: Tensor
+    ) -> Tensor:
+        """Return ``forward(x, base) + sum_g steps_g tangent(x, base, directions[g])``, without a gradient.
+
+        Args:
+            x: [..., I].
+            base: ``x -> x @ W0.T``; what it returns is overwritten.
+            directions: G of them, all of the same parameters.
+            steps: [..., G], broadcast over the axes of x but its last.
+        """
+        ...
 
 
 class Update(nn.Module, ABC):
@@ -108,6 +134,14 @@ class Update(nn.Module, ABC):
 
     def low_rank_factors(self) -> LowRankFactors | None:
         """Return the exact factors of ``dW`` when its rank is bounded by construction, else None."""
+        return None
+
+    def channel_changes(self) -> ChannelChanges | None:
+        """Return the scalings that are all of this update, else None."""
+        return None
+
+    def touched_rows(self) -> Tensor | None:
+        """Return the only rows of the weight that can change, int64 [r] ascending, or None when every row can."""
         return None
 
     def num_trainable(self) -> int:

@@ -118,6 +118,10 @@ class RoCo(Update):
             merged = merged.index_add(1, self.columns, columns.to(weight.dtype))
         return merged
 
+    def touched_rows(self) -> Tensor | None:
+        """Return the trained rows; None with trained columns, which lie in every row."""
+        return self.rows if self.column_delta is None else None
+
     def low_rank_factors(self) -> LowRankFactors:
         """Return exact factors of rank r + c: one-hot columns for the rows, one-hot rows for the columns."""
         downs, ups = [], []

@@ -11,13 +11,23 @@ from torch import nn
 
 from qaft.bases.base import LinearSpec
 from qaft.bases.dense import DenseBase
-from qaft.evaluate.float32 import float32_weights, float_logits
+from qaft.evaluate.float32 import float32_weights, float_logits, native_logits
 from qaft.layers.adapted import AdaptedLinear
 from qaft.layers.attach import attach, replace_module
 from qaft.quant.affine import Affine
 from qaft.updates import LowRank
 
 IDS = [torch.tensor([5, 9, 33, 2]), torch.tensor([1, 2])]
+
+
+def test_native_logits_are_those_of_the_model_in_its_own_dtype() -> None:
+    model = tiny_llama(torch.bfloat16, tied=False).train()
+    with torch.no_grad():
+        expected = [model.eval()(ids[None]).logits[0] for ids in IDS]
+    found = native_logits(model.train(), IDS)
+    assert model.training and found[0].dtype == torch.float32
+    assert all(torch.equal(a, b.float()) for a, b in zip(found, expected, strict=True))
+    assert not torch.equal(found[0], float_logits(model, IDS)[0])
 
 
 @pytest.mark.parametrize("tied", [True, False])

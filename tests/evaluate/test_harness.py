@@ -18,7 +18,7 @@ def install(monkeypatch: pytest.MonkeyPatch, evaluate: Any) -> None:
         "lm_eval": {"simple_evaluate": evaluate},
         "lm_eval.models": {},
         "lm_eval.models.huggingface": {"HFLM": lambda **options: SimpleNamespace(**options)},
-        "lm_eval.tasks": {"TaskManager": lambda: SimpleNamespace(all_tasks=["arc", "boolq"])},
+        "lm_eval.tasks": {"TaskManager": lambda include_path=None: SimpleNamespace(all_tasks=["arc", "boolq"])},
     }.items():
         module = ModuleType(name)
         module.__dict__.update(values)

@@ -34,7 +34,8 @@ def test_a_merged_export_is_verified_with_plain_activations_and_tells_how_to_ser
     before = float_logits(loaded.model, prompts())
     report = EXPORTERS["merged"](loaded, section("merged", verify=True), tmp_path / "out", INFO)
     assert report.difference is not None and report.difference.max_relative <= 1e-5
-    serve, cache = report.notes
+    serve, cache, measured = report.notes
+    assert "in 16 bits" in measured
     assert "TokenQuantizer(bits=4, symmetric=True" in serve and "--kv-cache-dtype int4_per_token_head" in cache
     assert all(torch.equal(a, b) for a, b in zip(before, float_logits(loaded.model, prompts()), strict=True))
 

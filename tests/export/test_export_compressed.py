@@ -123,14 +123,14 @@ def test_several_grids_become_several_groups_and_dense_layers_are_ignored(
 def test_options_of_merged_are_refused_elsewhere(
     checkpoint: Any, tmp_path: Path, format: str, option: dict[str, Any]
 ) -> None:
-    with pytest.raises(RecipeError, match=f"{next(iter(option))}=.* applies to format merged only"):
+    with pytest.raises(RecipeError, match=f"{next(iter(option))}=.* applies to formats? merged.* only"):
         EXPORTERS[format](trained(checkpoint(), qat=qat()), section(format, **option), tmp_path / "out", INFO)
 
 
 def test_the_stamp_names_the_grid(checkpoint: Any, tmp_path: Path) -> None:
     export(trained(checkpoint(), qat=qat(8, None)), section("compressed-tensors"), tmp_path / "out", INFO)
     stamp = json.loads((tmp_path / "out" / "qaft_export.json").read_text())
-    assert stamp["grids"] == [{"kind": "int", "bits": 8, "group_size": None, "symmetric": True}]
+    assert stamp["grids"] == [{"kind": "int", "bits": 8, "group_size": None, "symmetric": True, "inputs": None}]
     assert "grid: int8, one scale per output channel, symmetric" in (tmp_path / "out" / "README.md").read_text()
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from tiny_checkpoint import write_checkpoint
@@ -13,8 +15,8 @@ from tiny_export import INFO, relative_difference, reloaded, section, trained
 from transformers import AutoModelForCausalLM
 
 from qaft.arch import FAMILIES
-from qaft.errors import ExportError
 from qaft.export import EXPORTERS
+from qaft.layers.attach import adapted_layers
 from qaft.models.load import load_model
 from qaft.sections import GridSection, ModelSection, QatSection
 
@@ -80,17 +82,19 @@ def test_the_original_basis_in_fp32_is_the_same_function(family: Any, tmp_path: 
     assert relative_difference(loaded.model, reloaded(tmp_path / "out")) <= 2e-5
 
 
+@pytest.mark.parametrize("update", ["lowrank", "both"])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_an_adapter_survives_as_lora_unless_it_moves_the_bias_of_a_layer_norm(
-    family: Any, tmp_path: Path, name: str
+# PEFT 0.21 asks models of transformers 5.23 by their old name.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_rotated_run_is_its_base_and_an_adapter_with_the_bias_that_a_layer_norm_needs(
+    family: Any, tmp_path: Path, name: str, update: str
 ) -> None:
-    loaded = trained(family(name), "lowrank", qat=GRID, storage="fp32", dtype="float32")
-    if name in ("gpt_neox", "opt", "phi"):
-        with pytest.raises(
-            ExportError, match="what the bias of a LayerNorm contributes, which changes with the update"
-        ):
-            EXPORTERS["peft"](loaded, section("peft"), tmp_path / "out", INFO)
-        assert list(tmp_path.iterdir()) == []
-    else:
-        EXPORTERS["peft"](loaded, section("peft"), tmp_path / "out", INFO)
-        assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    loaded = trained(family(name), update, qat=GRID, storage="fp32", dtype="float32")
+    for layer in adapted_layers(loaded.model).values():
+        layer.quantizer = None
+    EXPORTERS["peft"](loaded, section("peft"), tmp_path / "out", INFO)
+    layer_norm = name in ("gpt_neox", "opt", "phi")
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["lora_bias"] is layer_norm
+    base = AutoModelForCausalLM.from_pretrained(family(name), dtype=torch.float32)
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    assert relative_difference(loaded.model, adapted) <= 2e-5

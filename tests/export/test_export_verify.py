@@ -19,7 +19,7 @@ from qaft.export.base import EXACT, Written
 from qaft.export.dense import _write
 from qaft.export.publish import publish
 from qaft.export.tensors import linear_layers, merged_weight
-from qaft.export.verify import exported_weights, reload_logits
+from qaft.export.verify import Reloaded, exported_weights, reload_logits
 from qaft.sections import GridSection, QatSection
 
 QAT = QatSection(weights=GridSection(bits=4, group_size=32))
@@ -51,8 +51,8 @@ def test_an_adapter_is_verified_on_its_base(checkpoint: Any, tmp_path: Path) -> 
 def test_an_export_that_is_not_the_trained_model_never_appears(
     checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def reload_here(folder: Path, ids: tuple[torch.Tensor, ...], **_: Any) -> PromptLogits:
-        return PromptLogits(ids, float_logits(reload.load(str(folder), "cpu", None, None), ids))
+    def reload_here(folder: Path, ids: tuple[torch.Tensor, ...], **_: Any) -> Reloaded:
+        return Reloaded(ids, float_logits(reload.load(str(folder), "cpu", None, None), ids))
 
     monkeypatch.setattr(verify, "reload_logits", reload_here)
     loaded = trained(checkpoint(), qat=QAT)
@@ -89,7 +89,7 @@ def test_the_fresh_process_imports_nothing_of_qaft_before_it_has_loaded() -> Non
     imported = [
         ast.unparse(n) for part in before for n in ast.walk(part) if isinstance(n, (ast.Import, ast.ImportFrom))
     ]
-    assert "from transformers import AutoModelForCausalLM" in imported
+    assert any(line.startswith("from transformers import") and "AutoModelForCausalLM" in line for line in imported)
     assert not [line for line in imported if "qaft" in line]
 
 

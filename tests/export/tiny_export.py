@@ -17,8 +17,11 @@ from qaft.layers.adapted import AdaptedLinear
 from qaft.layers.attach import attach
 from qaft.models.load import LoadedModel, linear_names, load_model
 from qaft.quant import build_quantizer
+from qaft.rotation.choice import Choice
 from qaft.sections import ExportSection, ModelSection, QatSection
 from qaft.updates import UPDATES
+from qaft.updates.bank import Bank
+from qaft.updates.roco import RoCo
 
 UPDATE_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "dense": ("dense", {}),
@@ -26,6 +29,9 @@ UPDATE_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "rows": ("roco", {"rows": 4}),
     "columns": ("roco", {"columns": 3}),
     "both": ("roco", {"rows": 2, "columns": 3}),
+    "linchain": ("linchain", {"rank": 3, "depth": 2}),
+    "bank": ("bank", {"rank": 1, "blocks": 3}),
+    "sift": ("sift", {"rate": 0.02, "choose": "random"}),
 }
 INFO = ExportInfo(
     recipe={"model": {"name": "tiny"}}, base="org/tiny", command="qaft export runs/x", metrics={"loss": 1.5}
@@ -41,6 +47,8 @@ def trained(
     dtype: str = "bfloat16",
     select: Callable[[str], bool] = lambda name: True,
     size: float = 0.05,
+    choice: Choice | None = None,
+    **model: Any,
 ) -> LoadedModel:
     """The checkpoint with random updates of ``size`` relative to the weights in the selected layers."""
     from qaft.models.source import open_source
@@ -48,8 +56,9 @@ def trained(
     names = [n for n in linear_names(open_source(str(checkpoint)).config) if select(n)]
     chosen = frozenset(names)
     loaded = load_model(
-        ModelSection(name=str(checkpoint), storage=storage, dtype=dtype),
+        ModelSection(name=str(checkpoint), storage=storage, dtype=dtype, **model),
         qat=qat,
+        choice=choice,
         latent=lambda name: qat is not None and name in chosen,
         adapted=lambda name: name in chosen,
     )
@@ -75,7 +84,7 @@ def move(layer: AdaptedLinear, size: float) -> None:
     # Low-rank updates are products: scaling one factor scales the update.
     last = (
         list(layer.update.parameters())
-        if "RoCo" in type(layer.update).__name__
+        if isinstance(layer.update, (Bank, RoCo))
         else [list(layer.update.parameters())[-1]]
     )
     for parameter in last:

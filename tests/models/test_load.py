@@ -188,6 +188,9 @@ def test_the_grid_of_frozen_layers_follows_the_one_that_is_trained() -> None:
     assert grid("int4", qat) == (4, 32, False)
     assert grid("int8_group", qat) == (8, 32, False)
     assert grid("nf4", qat) is None
+    gguf = QatSection(weights=GridSection.model_validate({"kind": "q4_0"}))
+    assert grid("int4", gguf) == (4, 32, True)
+    assert grid("int8_group", gguf) == (8, 32, True)
 
 
 def _store_on_grid(folder: Path, dtype: torch.dtype) -> None:

@@ -5,15 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
-from transformers import LlamaConfig
-
-HIDDEN, INTERMEDIATE, LAYERS, VOCAB = 1024, 2816, 8, 512
+from large_checkpoint import HIDDEN, INTERMEDIATE, write_large_checkpoint
 
 MEASURE = """
 import json, re, sys
@@ -36,32 +31,8 @@ print(json.dumps({"size": size, "peak": status("VmHWM") - before, "after": statu
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory, write_tokenizer: Callable[[Path], None]) -> Path:
-    """A bf16 Llama of 200 MB, one shard per layer."""
-    folder = tmp_path_factory.mktemp("large")
-    LlamaConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=INTERMEDIATE,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=16,
-        vocab_size=VOCAB,
-        architectures=["LlamaForCausalLM"],
-    ).save_pretrained(folder)
-    write_tokenizer(folder)
-    shapes = {f"self_attn.{name}_proj": (HIDDEN, HIDDEN) for name in "qkvo"}
-    shapes |= {"mlp.gate_proj": (INTERMEDIATE, HIDDEN), "mlp.up_proj": (INTERMEDIATE, HIDDEN)}
-    shapes |= {"mlp.down_proj": (HIDDEN, INTERMEDIATE), "input_layernorm": (HIDDEN,)}
-    shapes |= {"post_attention_layernorm": (HIDDEN,)}
-    layer = {name: torch.randn(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
-    shards = [{f"model.layers.{i}.{name}.weight": tensor for name, tensor in layer.items()} for i in range(LAYERS)]
-    rest = {"model.embed_tokens": (VOCAB, HIDDEN), "lm_head": (VOCAB, HIDDEN), "model.norm": (HIDDEN,)}
-    shards.append({f"{name}.weight": torch.ones(shape, dtype=torch.bfloat16) for name, shape in rest.items()})
-    weight_map: dict[str, str] = {}
-    for i, shard in enumerate(shards):
-        save_file(shard, folder / f"model-{i}.safetensors")
-        weight_map |= dict.fromkeys(shard, f"model-{i}.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    return folder
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_large_checkpoint(tmp_path_factory.mktemp("large"))
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs the memory counters of Linux")

@@ -116,6 +116,12 @@ def test_the_errors_are_those_of_the_fused_model(
             assert found.crest_x == pytest.approx(expected.crest_x, rel=1e-3), name
 
 
+def test_inputs_of_layers_that_read_16_bits_have_no_error(folder: Callable[[str], Path]) -> None:
+    layers = measured(folder("llama"), reads_integers=lambda name: name.endswith("q_proj"))
+    errors = {name: found for layer in layers for name, bits in layer.linears.items() for found in bits.values()}
+    assert all((found.delta_x > 0) is name.endswith("q_proj") for name, found in errors.items())
+
+
 def test_the_errors_of_the_cache_are_those_of_keys_and_values(folder: Callable[[str], Path]) -> None:
     path = folder("llama")
     plain = AutoModelForCausalLM.from_pretrained(path).eval()

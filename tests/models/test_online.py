@@ -128,10 +128,10 @@ def test_a_cache_quantizer_sees_keys_after_the_positions_and_values(folder: Call
     torch.testing.assert_close(values, expected.values)
 
 
-def test_quantized_inputs_are_those_of_layers_on_a_grid_after_the_rotation(folder: Callable[[str], Path]) -> None:
+def test_quantized_inputs_are_those_of_layers_in_integers_after_the_rotation(folder: Callable[[str], Path]) -> None:
     choice = Choice.uniform(2, residual=False, values=False, down=True)
     inputs = Record()
-    for storage, expected in (("fp32", 0), ("int4", 14)):
+    for storage, expected in (("fp32", 0), ("int4", 14), ("nf4", 0)):
         loaded = load(folder("llama"), choice, storage=storage)
         assert loaded.fusion is not None
         inputs.seen.clear()

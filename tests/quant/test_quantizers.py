@@ -41,7 +41,7 @@ def test_an_int_section_carries_range_clip_and_mask() -> None:
     assert (grid.range.kind, grid.range.clip, grid.ste) == ("absmax", 0.95, "trust")
 
 
-@pytest.mark.parametrize(("kind", "group_size"), [("q4_0", 32), ("mxfp4", 32), ("nvfp4", 16)])
+@pytest.mark.parametrize(("kind", "group_size"), [("q4_0", 32), ("q8_0", 32), ("mxfp4", 32), ("nvfp4", 16)])
 def test_a_block_format_has_its_own_group_size_and_carries_the_mask(kind: str, group_size: int) -> None:
     grid = build_quantizer(GridSection.model_validate({"kind": kind, "ste": "identity"}), scale_dtype=torch.bfloat16)
     assert type(grid) is QUANTIZERS[kind]

@@ -1,0 +1,66 @@
+"""A packed layer as a checkpoint stores it: one row of bytes per output channel, so that rows can be exchanged.
+
+    compressed-tensors   weight_packed [O, W]      weight_scale [O, G]       weight_zero_point, see below
+    bitsandbytes, NF4    weight [O, I / 2]         weight.absmax [O, I / g]  (stored flat)
+
+A row of codes and its scales follow from that row of the weight alone, because groups and blocks end where a row ends.
+Zero points are the exception in storage: a word of compressed-tensors holds those of several rows. Here they are
+int8 [O, G], one by one.
+
+Shapes: O = out_features, I = in_features, W = words per row, G = groups along I, g = weights per block.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qaft.bases.affine import AffineBase
+from qaft.bases.base import FrozenLinear
+from qaft.bases.dense import DenseBase
+from qaft.quant.base import QTensor
+from qaft.quant.packing import pack_int32, pack_zero_point
+
+ZERO_POINT = "weight_zero_point"
+"""The part that files pack along the rows."""
+
+
+def rows_of(codes: QTensor, bits: int) -> dict[str, Tensor]:
+    """Return part -> tensor with one row per output channel, of an affine grid or the NF4 code book.
+
+    The name of a part is what follows the module path in the checkpoint.
+    """
+    if codes.codebook is not None:
+        return {"weight": pack_nibbles(codes.values), "weight.absmax": codes.scale.float()}
+    rows = {"weight_packed": pack_int32(codes.values, bits), "weight_scale": codes.scale}
+    return rows if codes.zero_point is None else {**rows, ZERO_POINT: codes.zero_point}
+
+
+def pack_nibbles(indices: Tensor) -> Tensor:
+    """Return code book indices (int8 [O, I] in [0, 15], I even) two to a byte, the first one high, uint8 [O, I / 2]."""
+    pairs = indices.to(torch.uint8).unflatten(1, (-1, 2))
+    return pairs[..., 0] << 4 | pairs[..., 1]
+
+
+def stored_codes(codes: QTensor, bits: int) -> dict[str, Tensor]:
+    """Return part -> tensor as a checkpoint holds the codes; the order of the bytes is that of the file."""
+    rows = rows_of(codes, bits)
+    if codes.zero_point is not None:
+        rows[ZERO_POINT] = pack_zero_point(codes.zero_point, bits)
+    return rows
+
+
+def stored_base(base: FrozenLinear) -> dict[str, Tensor]:
+    """Return part -> tensor as a checkpoint holds a frozen layer: dense, affine, or of bitsandbytes."""
+    if isinstance(base, DenseBase):
+        return {"weight": base.weight.to(base.dtype)}
+    if isinstance(base, AffineBase):
+        parts = {"weight_packed": base.weight_packed, "weight_scale": base.weight_scale}
+        return parts if base.weight_zero_point is None else {**parts, ZERO_POINT: base.weight_zero_point}
+    from qaft.bases.bnb import FourBitBase, Int8Base
+
+    if isinstance(base, FourBitBase):
+        parts = {"weight": base.packed, "weight.absmax": base.absmax}
+        return parts if base.nested_absmax is None else {**parts, "weight.nested_absmax": base.nested_absmax}
+    assert isinstance(base, Int8Base)
+    return {"weight": base.codes, "SCB": base.absmax}

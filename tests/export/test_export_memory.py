@@ -1,0 +1,69 @@
+"""The peak of host memory while a packed model is exported: a shard and a layer above it, whatever the model's size."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from large_checkpoint import HIDDEN, INTERMEDIATE, write_large_checkpoint
+
+SHARD = 8 * 2**20
+
+EXPORT = """
+import json, re, sys
+from pathlib import Path
+import torch
+from tiny_export import INFO, section, trained
+from qaft.export import EXPORTERS
+from qaft.sections import GridSection, QatSection
+
+def status(field):
+    return 1024 * int(re.search(field + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
+
+torch.set_num_threads(1)
+_, checkpoint, out, format, storage, grid, shard = sys.argv
+qat = QatSection(weights=GridSection.model_validate(json.loads(grid)))
+loaded = trained(Path(checkpoint), "rows", qat=qat, storage=storage, select=lambda name: name.endswith("v_proj"))
+how = section(format, max_shard_gb=int(shard) / 2**30)
+open("/proc/self/clear_refs", "w").write("5")  # the high-water mark starts here
+before = status("VmRSS")
+EXPORTERS[format](loaded, how, Path(out), INFO)
+print(json.dumps({"peak": status("VmHWM") - before}))
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_large_checkpoint(tmp_path_factory.mktemp("large"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs the memory counters of Linux")
+@pytest.mark.parametrize(
+    ("format", "storage", "grid"),
+    [
+        ("merged", "int4", {"bits": 4, "group_size": 128}),
+        ("compressed-tensors", "int4", {"bits": 4, "group_size": 128}),
+    ],
+    ids=["merged", "compressed-tensors"],
+)
+def test_peak_is_a_shard_and_a_layer_above_the_packed_model(
+    checkpoint: Path, tmp_path: Path, format: str, storage: str, grid: dict[str, object]
+) -> None:
+    arguments = [str(checkpoint), str(tmp_path / "out"), format, storage, json.dumps(grid), str(SHARD)]
+    environment = {"PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parents[1]}:{Path(__file__).parents[2]}"}
+    result = subprocess.run(
+        [sys.executable, "-c", EXPORT, *arguments], capture_output=True, text=True, check=False, env=environment
+    )
+    if "PermissionError" in result.stderr:
+        pytest.skip("this system does not let a process reset its memory counters")
+    assert result.returncode == 0, result.stderr
+    written = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
+    # Its codes as int32, what is packed of them, and one more pass over them.
+    one_layer = 3 * 4 * HIDDEN * INTERMEDIATE
+    bound = SHARD + one_layer
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
+    assert bound < 0.8 * written  # otherwise the bound would prove nothing
+    assert json.loads(result.stdout)["peak"] <= bound
