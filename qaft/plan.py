@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qaft.arch import arch_of
 from qaft.bases.base import LinearSpec
 from qaft.bases.sizes import storage_bytes
 from qaft.compat.training import PARTITIONABLE
@@ -124,17 +125,33 @@ def model_size(recipe: Recipe) -> ModelSize:
     rest = [p for p in model.parameters() if id(p) not in inside] + list(model.buffers())
     frozen = sum(tensor.nbytes for tensor in rest) + _untied_bytes(recipe, model)
     frozen += sum(_layer_bytes(recipe, linear, selected=name in selected) for name, linear in linears.items())
-    return _with_updates(recipe, frozen, Counter(tuple(linears[name].weight.shape) for name in selected))
+    ties = _ties(recipe, model, selected)
+    layers = Counter((linears[name].out_features, linears[name].in_features, ties.get(name)) for name in selected)
+    return _with_updates(recipe, frozen, layers)
 
 
-def _with_updates(recipe: Recipe, frozen: int, shapes: Counter[tuple[int, ...]]) -> ModelSize:
-    """Return the size of a model with ``frozen`` bytes and an update for each of the weights, counted by shape."""
+def _ties(recipe: Recipe, model: Any, selected: frozenset[str]) -> dict[str, bool]:
+    """Return, of the layers that share parameters because they read one norm, whether another holds them already."""
+    if not lookup(UPDATES, recipe.update.kind, where="update").is_tied(**recipe.update.options):
+        return {}
+    sharing = ([name for name in readers if name in selected] for _, readers in arch_of(model.config).readers())
+    return {name: name != names[0] for names in sharing for name in names}
+
+
+def _with_updates(recipe: Recipe, frozen: int, layers: Counter[tuple[int, int, bool | None]]) -> ModelSize:
+    """Return the size of a model with ``frozen`` bytes and updates, counted by shape and by ``_ties``."""
     num_trained = trained = 0
-    for (out_features, in_features), count in shapes.items():
-        update = _update(recipe, out_features, in_features)
+    for (out_features, in_features, tie), count in layers.items():
+        update = _update(recipe, out_features, in_features, ties=tie is not None)
+        held = set()
+        if tie:
+            first = _update(recipe, out_features, in_features, ties=True)
+            update.tie_to(first)
+            held = set(first.parameters())
+        own = [p for p in update.parameters() if p.requires_grad and p not in held]
         frozen += count * sum(buffer.nbytes for buffer in update.buffers())
-        num_trained += count * update.num_trainable()
-        trained += count * sum(parameter.nbytes for parameter in update.parameters() if parameter.requires_grad)
+        num_trained += count * sum(parameter.numel() for parameter in own)
+        trained += count * sum(parameter.nbytes for parameter in own)
     return ModelSize(frozen=frozen, num_trained=num_trained, trained=trained)
 
 
@@ -156,8 +173,8 @@ def _layer_bytes(recipe: Recipe, linear: nn.Linear, *, selected: bool) -> int:
     return storage_bytes(section.storage, *shape, quantizer=quantizer, double_quant=double) + bias
 
 
-def _update(recipe: Recipe, out_features: int, in_features: int) -> Update:
-    """Return an update of a layer of that shape, which is all that its size depends on."""
+def _update(recipe: Recipe, out_features: int, in_features: int, *, ties: bool) -> Update:
+    """Return an update of a layer of that shape, which with ``ties`` reads a norm: all that its size depends on."""
     choice = lookup(UPDATES, recipe.update.kind, where="update").entry_choice(**recipe.update.options)
     spec = LinearSpec(
         name=f"select: a layer of [{out_features}, {in_features}]",
@@ -166,6 +183,7 @@ def _update(recipe: Recipe, out_features: int, in_features: int) -> Update:
         dtype=getattr(torch, recipe.train.param_dtype),
         row_scores=torch.zeros(out_features),
         column_scores=torch.zeros(in_features),
+        reads="norm" if ties else None,
         places=None if choice is None else choice.first(out_features * in_features),
     )
     return build_from(UPDATES, recipe.update.kind, recipe.update.options, spec, where="update")

@@ -21,6 +21,7 @@ from qaft.data import check_isolation
 from qaft.data.loaders import eval_batches, train_batches
 from qaft.errors import RecipeError
 from qaft.gradients import SOURCES
+from qaft.gradients.extragradient import Extragradient
 from qaft.gradients.two_point import TwoPointSource
 from qaft.layers.attach import trainable_parameters, update_buffers
 from qaft.layers.reach import reached
@@ -29,6 +30,7 @@ from qaft.recipe import Recipe, save_recipe
 from qaft.registry import build_from
 from qaft.regularizers import REGULARIZERS
 from qaft.regularizers.base import PassTerm, Penalty, Regularizer, StepRule
+from qaft.reselection import Reselection
 from qaft.train.console import make_console
 from qaft.train.diagnostics import Diagnostics
 from qaft.train.engine import AccelerateEngine, Engine
@@ -88,8 +90,26 @@ def prepare_training(run: Run, *, console: Console | None = None) -> TrainRun:
         eval_batches=eval_batches(recipe.data, recipe.train, run.loaded.tokenizer, **part),
         # Under ZeRO 3 a parameter is whole only inside a forward pass.
         diagnostics=Diagnostics(run.layers) if engine.rank == 0 and all(p.numel() for p in params.values()) else None,
+        terms=[term for term in regularizers if isinstance(term, PassTerm)],
+        reselection=_reselection(run, optimizer),
         objective=Objective([r for r in regularizers if isinstance(r, Penalty)], run.layers, on_step=_step_of(module)),
     )
+
+
+def _reselection(run: Run, optimizer: Optimizer) -> Reselection | None:
+    """Return what chooses the rotations again, where the recipe asks for it.
+
+    Raises:
+        RecipeError: there are several processes.
+    """
+    if run.recipe.qat is None or run.recipe.qat.reselect_every is None:
+        return None
+    if world_size() > 1:
+        raise RecipeError(
+            f"qat.reselect_every is for one process, and there are {world_size()}: only the first has the checkpoint's "
+            "weights, from which the layers are turned; leave it out"
+        )
+    return Reselection(run.recipe, run.loaded, run.layers, optimizer, run.device)
 
 
 def prepare_replay(run: Run) -> TrainRun:
@@ -115,6 +135,11 @@ class _NoBatches:
 def _train_run(run: Run, engine: Engine, optimizer: Optimizer, console: Console | None, **data: Any) -> TrainRun:
     recipe, model = run.recipe, run.loaded.model
     source = build_from(SOURCES, recipe.gradient.kind, recipe.gradient.options, where="gradient")
+    if isinstance(source, Extragradient) and engine.world_size > 1:
+        raise RecipeError(
+            f"gradient.kind=extragradient: its second gradient is that of one process, and there are "
+            f"{engine.world_size}; train with one process, or set gradient.kind to backprop"
+        )
     journal = None
     if isinstance(source, TwoPointSource):
         is_main = engine.rank == 0
@@ -188,6 +213,11 @@ def _regularizers(run: Run) -> list[Regularizer]:
             term.prepare(run.layers)
         except ValueError as error:
             raise RecipeError(f"regularize[{i}]: {error}") from error
+        if isinstance(term, PassTerm) and term.remembers_samples and world_size() > 1:
+            raise RecipeError(
+                f"regularize[{i}]: {section.kind} compares a sample with its last pass, which another of the "
+                f"{world_size()} processes may have made; use variant lazy_half, or train with one process"
+            )
         terms.append(term)
     return terms
 

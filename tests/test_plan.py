@@ -23,13 +23,14 @@ CASES: dict[str, dict[str, Any]] = {
     "int4 qat": {"model": {"storage": "int4"}, "qat": QAT},
     "int8 fused": {"model": {"storage": "int8"}, "qat": {**QAT, "rotation": "none"}},
     "rows": {"model": {"storage": "int4", "group_size": 32}, "update": {"kind": "roco", "rows": 2, "columns": 1}},
+    "tied scalings": {"update": {"kind": "ssb", "tie": True}, "select": {"targets": ["all"]}},
     "bf16": {"model": {"storage": "bf16", "dtype": "bfloat16"}, "train": {"param_dtype": "bfloat16"}},
 }
 
 
 def recipe(checkpoint: Path, folder: Path, case: str) -> Recipe:
-    sections = {"model": {"dtype": "float32"}, **CASES[case]}
-    return parse_recipe(job(checkpoint, folder, select={"targets": ["q_proj", "v_proj"]}, **sections))
+    sections = {"model": {"dtype": "float32"}, "select": {"targets": ["q_proj", "v_proj"]}, **CASES[case]}
+    return parse_recipe(job(checkpoint, folder, **sections))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])

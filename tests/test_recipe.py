@@ -59,6 +59,10 @@ export:   [{format: merged}, {format: compressed-tensors}]
         ({**MINIMAL, "qat": {"weights": {"range": "rms", "symmetric": False}}}, ["range=rms is for symmetric grids"]),
         ({**MINIMAL, "qat": {"weights": {"ste": "none"}}}, ["qat.weights.ste='none'", "clamp"]),
         ({**MINIMAL, "qat": {"activations": {"bits": 6}}}, ["qat.activations.bits=6", "4 or 8"]),
+        (
+            {**MINIMAL, "qat": {"activations": {"function": "compressed-tensors", "clip": 0.95}}},
+            ["function=compressed-tensors is symmetric and does not clip", "clip=0.95"],
+        ),
         ({**MINIMAL, "qat": {"kv_cache": {"bits": 8}}}, ["bits=8 must be 4 for function vllm", "roste"]),
         ({**MINIMAL, "qat": {"kv_cache": {"clip": 0.95}}}, ["clip=0.95 must be 1 for function vllm"]),
         ({}, ["model is required"]),
@@ -74,6 +78,45 @@ def test_mistakes_are_named_with_place_value_and_what_is_allowed(raw, fragments)
 
 
 ROWS = {
+    "no qat x bnb export": {"model": {"name": "m", "storage": "nf4"}, "export": [{"format": "bnb"}]},
+    "grid that bitsandbytes lacks x bnb export": {
+        "qat": {"weights": {"bits": 8, "group_size": 128}},
+        "export": [{"format": "bnb"}],
+    },
+    "frozen layers of another width x bnb export": {
+        "model": {"name": "m", "storage": "int8"},
+        "qat": {"weights": {"kind": "nf4"}},
+        "export": [{"format": "bnb"}],
+    },
+    "no qat x gptq export": {"model": {"name": "m", "storage": "int4"}, "export": [{"format": "gptq"}]},
+    "grid without 4- or 8-bit integers x gptq export": {
+        "qat": {"weights": {"bits": 3}},
+        "export": [{"format": "gptq"}],
+    },
+    "frozen layers on another grid x gptq export": {
+        "model": {"name": "m", "storage": "int8_group"},
+        "qat": {"weights": {"bits": 4}},
+        "export": [{"format": "gptq"}],
+    },
+    "scales in fp32 x gptq export": {
+        "model": {"name": "m", "dtype": "float32"},
+        "qat": {"weights": {"bits": 4}},
+        "export": [{"format": "gptq"}],
+    },
+    "grid without a type x gguf export": {"qat": {"weights": {"kind": "nf4"}}, "export": [{"format": "gguf"}]},
+    "zero points x gguf export": {
+        "qat": {"weights": {"symmetric": False, "group_size": 32}},
+        "export": [{"format": "gguf"}],
+    },
+    "groups that blocks do not fill x gguf export": {
+        "qat": {"weights": {"group_size": 48}},
+        "export": [{"format": "gguf"}],
+    },
+    "scales in fp32 x gguf export": {
+        "model": {"name": "m", "dtype": "float32"},
+        "qat": {"weights": {"group_size": 32}},
+        "export": [{"format": "gguf"}],
+    },
     "bitsandbytes storage x compressed-tensors export": {
         "model": {"name": "m", "storage": "nf4"},
         "export": [{"format": "compressed-tensors"}],
@@ -86,9 +129,16 @@ ROWS = {
         "qat": {"weights": {"kind": "nf4"}},
         "export": [{"format": "compressed-tensors"}],
     },
-    "quantized activations x compressed-tensors export": {
-        "qat": {"activations": {"bits": 8}},
+    "asymmetric or clipped activations x compressed-tensors export": {
+        "qat": {"activations": {"bits": 8, "clip": 0.95}},
         "export": [{"format": "compressed-tensors"}],
+    },
+    "activations beside zero points x compressed-tensors export": {
+        "qat": {"weights": {"symmetric": False}, "activations": {"bits": 8}},
+        "export": [{"format": "compressed-tensors"}],
+    },
+    "activations of compressed-tensors x vllm target": {
+        "qat": {"target": "vllm", "activations": {"bits": 8, "function": "compressed-tensors"}},
     },
     "unpackable bit width x compressed-tensors export": {
         "qat": {"weights": {"bits": 3}},
@@ -99,11 +149,36 @@ ROWS = {
         "qat": {"weights": {"bits": 4, "symmetric": False}},
         "export": [{"format": "compressed-tensors"}],
     },
-    "int4 storage x grid other than int": {
+    "int4 storage x grid without integers": {
         "model": {"name": "m", "storage": "int4"},
         "qat": {"weights": {"kind": "nf4"}},
     },
     "int4 storage x another bit width": {"model": {"name": "m", "storage": "int4"}, "qat": {"weights": {"bits": 3}}},
+    "reselect_every x rotation other than adaptive": {"qat": {"reselect_every": 2}},
+    "reselect_every x update other than dense": {
+        "qat": {"rotation": "adaptive", "reselect_every": 2},
+        "update": {"kind": "lowrank"},
+    },
+    "reselect_every x zeroth-order source": {
+        "qat": {"rotation": "adaptive", "reselect_every": 2},
+        "update": {"kind": "dense"},
+        "gradient": {"kind": "spsa"},
+    },
+    "reselect_every x packed or factored optimizer state": {
+        "qat": {"rotation": "adaptive", "reselect_every": 2},
+        "update": {"kind": "dense"},
+        "optim": {"name": "adafactor"},
+    },
+    "reselect_every x ZeRO 1 to 3": {
+        "qat": {"rotation": "adaptive", "reselect_every": 2},
+        "update": {"kind": "dense"},
+        "train": {"deepspeed": "zero2"},
+    },
+    "reselect_every x proximal": {
+        "qat": {"rotation": "adaptive", "reselect_every": 2},
+        "update": {"kind": "dense"},
+        "regularize": [{"kind": "proximal"}],
+    },
     "zeroth-order source x ZeRO 1 to 3": {"gradient": {"kind": "lozo"}, "train": {"deepspeed": "zero3"}},
     "lozo x update other than bank": {"gradient": {"kind": "lozo_m"}, "update": {"kind": "lowrank"}},
     "growing LOZO x too few blocks": {
@@ -116,6 +191,10 @@ ROWS = {
         "optim": {"name": "adafactor"},
         "train": {"deepspeed": "zero1"},
     },
+    "multiplicative rule x updates": {"optim": {"name": "multiplicative", "additive": 0}},
+    "extragradient x grad_accumulation": {"gradient": {"kind": "extragradient"}, "train": {"grad_accumulation": 2}},
+    "extragradient x DeepSpeed": {"gradient": {"kind": "extragradient"}, "train": {"deepspeed": "zero0"}},
+    "extragradient x float16": {"gradient": {"kind": "extragradient"}, "model": {"name": "m", "dtype": "float16"}},
     "16-bit trained parameters x ZeRO 1 to 3": {"train": {"param_dtype": "bfloat16", "deepspeed": "zero2"}},
     "kl with teacher fp x no qat": {"regularize": [{"kind": "kl", "teacher": "fp"}]},
     "pace x packing": {"regularize": [{"kind": "pace"}]},
@@ -124,18 +203,34 @@ ROWS = {
         "data": {"packing": False},
         "train": {"gradient_checkpointing": True},
     },
+    "pace fast x data that is no classification set": {
+        "regularize": [{"kind": "pace", "variant": "fast"}],
+        "data": {"packing": False},
+    },
     "mpc x update without two trained factors": {"regularize": [{"kind": "mpc"}], "update": {"kind": "ssb"}},
     "mpc x ZeRO 3": {"regularize": [{"kind": "mpc"}], "train": {"deepspeed": "zero3"}},
     "proximal x ZeRO 1 to 3": {"regularize": [{"kind": "proximal"}], "train": {"deepspeed": "zero1"}},
+    "adapter x patch export": {"update": {"kind": "roco", "rows": 4}, "export": [{"format": "patch"}]},
+    "update of every row x patch export": {
+        "update": {"kind": "roco", "rows": 4, "columns": 1},
+        "qat": {},
+        "export": [{"format": "patch"}],
+    },
+    "grid without packed checkpoint x patch export": {
+        "update": {"kind": "roco", "rows": 4},
+        "qat": {"weights": {"kind": "mxfp4"}},
+        "export": [{"format": "patch"}],
+    },
     "update of any rank x peft export": {"update": {"kind": "ssb"}, "export": [{"format": "peft"}]},
     "tied scalings x zeroth-order source": {"update": {"kind": "ssb", "tie": True}, "gradient": {"kind": "spsa"}},
     "entries chosen by gradient x zeroth-order source": {"update": {"kind": "sift"}, "gradient": {"kind": "spsa"}},
     "double quantization x storage without block scales": {"model": {"name": "m", "double_quant": True}},
     "simulation target x export": {"qat": {"target": "simulation"}, "export": [{"format": "merged"}]},
-    "online rotation of down x export": {
+    "online rotation of down x export without transforms": {
         "qat": {"target": "vllm", "activations": {"bits": 8}},
-        "export": [{"format": "merged"}],
+        "export": [{"format": "compressed-tensors"}, {"format": "compressed-tensors", "profile": "vllm"}],
     },
+    "profile vllm x format other than compressed-tensors": {"export": [{"format": "merged", "profile": "vllm"}]},
 }
 
 
@@ -153,6 +248,8 @@ def test_incompatible_pairs_are_refused_when_the_recipe_is_read(name: str) -> No
 
 
 REQUANTIZED = {
+    "no qat x bnb export": {},
+    "no qat x gptq export": {},
     "bitsandbytes storage x compressed-tensors export": {"qat": {"weights": {"bits": 4}}},
     "adapter on a packed base x compressed-tensors export": {},
 }

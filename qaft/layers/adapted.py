@@ -55,6 +55,8 @@ class AdaptedLinear(nn.Module):
         # Set by regularizers for the length of a pass; see qaft/layers/passes.py.
         self.shows: Literal["trained", "base", "unquantized_base"] = "trained"
         self.noise: Callable[[Tensor], Tensor] | None = None
+        # Set for the length of a zeroth-order pass, where the update adds the probe itself; see qaft/layers/probe.py.
+        self.probe: Callable[[Tensor], Tensor] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -94,7 +96,7 @@ class AdaptedLinear(nn.Module):
         if self.quantizer is not None:
             x = self.act_quantizer(self.rotation(x))
             return rebuilt_linear(x, self.weight, self.base.bias, *self.update.parameters())
-        return self._plus_bias(self.update(x, self.base.matmul))
+        return self._plus_bias(self.update(x, self.base.matmul) if self.probe is None else self.probe(x))
 
     def _base_output(self, x: Tensor) -> Tensor:
         """Return what the layer computes without its update, on the same grid unless it shows the unquantized base."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from qaft.bases.base import FrozenLinear
@@ -81,4 +82,5 @@ def load_trainables(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     for name, target in targets.items():
         if target.shape != tensors[name].shape:
             raise TargetError(f"{name}: saved shape {tuple(tensors[name].shape)}, model has {tuple(target.shape)}")
-        target.data.copy_(tensors[name])
+        with torch.no_grad():
+            target.copy_(tensors[name])

@@ -49,6 +49,16 @@ class Passes(Protocol):
         ...
 
     @property
+    def input_ids(self) -> Tensor:
+        """Tokens of the rows, [B, T]."""
+        ...
+
+    @property
+    def labels(self) -> Tensor:
+        """Labels of the rows, [B, T], not shifted."""
+        ...
+
+    @property
     def model(self) -> nn.Module:
         """The causal language model."""
         ...
@@ -75,6 +85,11 @@ class Passes(Protocol):
 class PassTerm(Regularizer):
     """A term of the model's outputs."""
 
+    @property
+    def remembers_samples(self) -> bool:
+        """Whether the term needs what this process computed for a sample in an earlier step; not by default."""
+        return False
+
     def rows(self, batch_size: int, step: int) -> int:
         """Return how many rows of the micro-batch the coming pass is made of; all by default."""
         return batch_size
@@ -86,6 +101,14 @@ class PassTerm(Regularizer):
     @abstractmethod
     def __call__(self, passes: Passes, step: int) -> Tensor:
         """Return the weighted term, summed over the targets."""
+
+    def state_dict(self, step: int) -> dict[str, Any]:
+        """Return what a run resumed at ``step`` needs to continue with the same terms (JSON-able or tensors)."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore ``state_dict``; nothing by default."""
+        return
 
 
 class StepRule(Regularizer):

@@ -27,7 +27,7 @@ TEACHERS = ("base", "fp")
 
 
 class KLToBase(PassTerm):
-    """Kullback-Leibler divergence from the base model's predictions at the targets.
+    """Kullback-Leibler divergence from the base model's predictions at the targets; OrthSR with ``gsoft`` on the MLP.
 
     Args:
         weight: lambda.

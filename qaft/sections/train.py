@@ -12,12 +12,20 @@ from qaft.sections.base import DTypeName, Section
 class OptimSection(Section):
     """Optimizer, learning rates and their schedule."""
 
-    name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw", "sgd", "adafactor"] = "adamw"
+    name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw", "sgd", "adafactor", "multiplicative"] = (
+        "adamw"
+    )
     lr: float = Field(default=1e-4, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     momentum: float = Field(default=0.0, ge=0, lt=1, description="sgd only")
+    inner: float = Field(
+        default=1.0, gt=0, description="multiplicative only: gain inside the tanh of the relative step"
+    )
+    additive: float = Field(
+        default=1.0, ge=0, description="multiplicative only: Adam's own step beside the relative one, times lr"
+    )
     lr_scale: dict[str, float] = Field(default_factory=dict, description="name pattern -> factor on lr")
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = Field(default=0.03, ge=0, description="below 1: fraction of train.steps; otherwise steps")

@@ -89,6 +89,7 @@ def _finish_step(run: TrainRun, state: TrainState, estimate: GradientEstimate, s
     if run.journal is not None:
         run.journal.append(record_of(run, state.step, estimate.scalars, loss, tokens))
     run.scheduler.step()
+    _reselect(run, state.step + 1, state.tokens + tokens)
     state = state.advance(loss, tokens).taken(run.source, run.engine.device)
     if _is_due(run, state, run.section.log_every):
         run.log.step(state.step, state.unlogged_losses, rates, info.grad_norm, state.tokens, estimate.metrics)
@@ -102,6 +103,14 @@ def _finish_step(run: TrainRun, state: TrainState, estimate: GradientEstimate, s
         if _is_due(run, state, run.section.save_every):
             save_state(run, state)
     return state
+
+
+def _reselect(run: TrainRun, step: int, tokens: int) -> None:
+    """Choose the rotations again when it is time; not after the last step, which no training would follow."""
+    every = None if run.recipe.qat is None else run.recipe.qat.reselect_every
+    if run.reselection is None or every is None or step % every or step == run.section.steps:
+        return
+    run.log.values(step, run.reselection(), tokens)
 
 
 def _log_diagnostics(run: TrainRun, state: TrainState) -> None:

@@ -10,6 +10,7 @@ from torch.optim import SGD, Adafactor, AdamW, Optimizer
 
 from qaft.errors import RecipeError
 from qaft.sections import OptimSection
+from qaft.train.multiplicative import MultiplicativeAdam
 
 Groups = list[dict[str, Any]]
 
@@ -27,6 +28,11 @@ def _adafactor(groups: Groups, section: OptimSection) -> Optimizer:
     return Adafactor(groups, lr=section.lr, weight_decay=section.weight_decay)
 
 
+def _multiplicative(groups: Groups, section: OptimSection) -> Optimizer:
+    options = {name: getattr(section, name) for name in ("betas", "eps", "inner", "additive", "weight_decay")}
+    return MultiplicativeAdam(groups, **options)
+
+
 def _bitsandbytes_adamw(class_name: str) -> Callable[[Groups, OptimSection], Optimizer]:
     def build(groups: Groups, section: OptimSection) -> Optimizer:
         import bitsandbytes.optim
@@ -41,6 +47,7 @@ OPTIMIZERS: dict[str, Callable[[Groups, OptimSection], Optimizer]] = {
     "adafactor": _adafactor,
     "adamw": _adamw,
     "adamw_8bit": _bitsandbytes_adamw("AdamW8bit"),
+    "multiplicative": _multiplicative,
     "paged_adamw": _bitsandbytes_adamw("PagedAdamW"),
     "paged_adamw_8bit": _bitsandbytes_adamw("PagedAdamW8bit"),
     "sgd": _sgd,
@@ -51,6 +58,7 @@ STATE_BYTES: dict[str, int] = {
     "adafactor": 0,
     "adamw": 8,
     "adamw_8bit": 2,
+    "multiplicative": 8,
     "paged_adamw": 8,
     "paged_adamw_8bit": 2,
     "sgd": 0,
@@ -62,6 +70,7 @@ _OPTIONS: Mapping[str, frozenset[str]] = {
     "adafactor": frozenset(),
     "adamw": _ADAM,
     "adamw_8bit": _ADAM,
+    "multiplicative": _ADAM | {"inner", "additive"},
     "paged_adamw": _ADAM,
     "paged_adamw_8bit": _ADAM,
     "sgd": frozenset({"momentum"}),
@@ -80,7 +89,7 @@ def make_optimizer(groups: Groups, section: OptimSection, device: torch.device) 
     Raises:
         RecipeError: an option was set that this optimizer does not use, or it does not run on ``device``.
     """
-    for option in ("betas", "eps", "momentum"):
+    for option in ("betas", "eps", "momentum", "inner", "additive"):
         given = getattr(section, option)
         if option not in _OPTIONS[section.name] and given != OptimSection.model_fields[option].default:
             users = sorted(name for name, options in _OPTIONS.items() if option in options)

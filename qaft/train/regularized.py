@@ -31,6 +31,20 @@ class LossPasses:
     random_states: Sequence[Tensor]
 
     @property
+    def input_ids(self) -> Tensor:
+        """Tokens of the rows."""
+        tokens = self.inputs["input_ids"]
+        assert tokens is not None
+        return tokens
+
+    @property
+    def labels(self) -> Tensor:
+        """Labels of the rows, not shifted."""
+        labels = self.inputs["labels"]
+        assert labels is not None
+        return labels
+
+    @property
     def model(self) -> nn.Module:
         """The causal language model."""
         return self.loss.model

@@ -9,6 +9,9 @@ Q is dense when b^2 >= I. Q multiplies the input, so a packed W0 stays as it is;
 that of the weight, and ``spec.input_scale`` has nothing to correct. Only the entries above the diagonal of S are
 parameters: as full blocks, half of them would be redundant, and Adam would move S by the same step.
 
+Exports hold the product, because no program that loads one would apply Q: ``merged`` in 16 bits, or packed where the
+weight was trained through a grid.
+
 Shapes: O = out_features, I = in_features, b = block, k = I / b.  S_j as [k, b (b - 1) / 2], d [O].
 """
 
@@ -18,10 +21,10 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from qaft.bases.base import LinearSpec, Matmul
 from qaft.updates.base import Update
+from qaft.updates.group_shuffle import cayley, rotated, skew
 from qaft.updates.scaling import scaled
 
 
@@ -40,8 +43,6 @@ class GSOFT(Update):
     formula = "diag(1 + d) W0 P^T L P R"
     source = "GSOFT, arXiv 2406.10019"
 
-    upper: Tensor
-
     def __init__(self, spec: LinearSpec, *, block: int = 32, scale: bool = True) -> None:
         super().__init__()
         size = spec.in_features
@@ -58,24 +59,15 @@ class GSOFT(Update):
         self.right = nn.Parameter(torch.zeros(entries, dtype=spec.dtype))
         self.left = nn.Parameter(torch.zeros(entries, dtype=spec.dtype))
         self.outputs = nn.Parameter(torch.zeros(spec.out_features, dtype=spec.dtype)) if scale else None
-        self.register_buffer("upper", torch.triu_indices(block, block, offset=1), persistent=False)
-
-    def _skew(self, entries: Tensor) -> Tensor:
-        """Return S of each block, [k, b, b], in at least fp32."""
-        wide = torch.promote_types(entries.dtype, torch.float32)
-        upper = torch.zeros(self.num_blocks, self.block, self.block, dtype=wide, device=entries.device)
-        upper[:, self.upper[0], self.upper[1]] = entries.to(wide)
-        return upper - upper.mT
 
     def _change(self, entries: Tensor) -> Tensor:
-        """Return each block minus I: ``2 S (I - S)^-1``, in which nothing cancels."""
-        skew = self._skew(entries)
-        return torch.linalg.solve(_identity(skew) - skew, 2 * skew, left=False)
+        """Return each block minus I."""
+        return cayley(entries, self.block)[0]
 
     def _change_tangent(self, entries: Tensor, direction: Tensor) -> Tensor:
-        """Return the derivative of each block: ``2 (I - S)^-1 Z (I - S)^-1``."""
-        inverse = torch.linalg.inv(_identity(skew := self._skew(entries)) - skew)
-        return 2 * inverse @ self._skew(direction) @ inverse
+        """Return the derivative of each block: ``2 M Z M``."""
+        inverse = cayley(entries, self.block)[1]
+        return 2 * inverse @ skew(direction, self.block) @ inverse
 
     def _shuffled(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_blocks, self.block)).mT.flatten(-2)
@@ -83,15 +75,9 @@ class GSOFT(Update):
     def _unshuffled(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.block, self.num_blocks)).mT.flatten(-2)
 
-    def _rotated(self, x: Tensor, right: Tensor, left: Tensor) -> Tensor:
-        x = _plus_blocks(x, self._change(right))
-        return self._unshuffled(_plus_blocks(self._shuffled(x), self._change(left)))
-
     def rotate(self, x: Tensor) -> Tensor:
         """Return ``Q x`` along the last axis, [..., I], in the dtype of x; x alone is kept for backward."""
-        rotated = checkpoint(self._rotated, x, self.right, self.left, use_reentrant=False, preserve_rng_state=False)
-        assert isinstance(rotated, Tensor)
-        return rotated
+        return rotated(x, self.right, self.left, block=self.block)
 
     def forward(self, x: Tensor, base: Matmul) -> Tensor:
         """Return the updated output, [..., I] -> [..., O]."""
@@ -122,10 +108,6 @@ class GSOFT(Update):
         rows = _plus_blocks(self._shuffled(weight), self._change(self.left).mT)
         merged = _plus_blocks(self._unshuffled(rows), self._change(self.right).mT)
         return merged if self.outputs is None else scaled(merged.T, self.outputs).T
-
-
-def _identity(like: Tensor) -> Tensor:
-    return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
 
 
 def _blocks(x: Tensor, blocks: Tensor) -> Tensor:

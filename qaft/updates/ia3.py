@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qaft.bases.base import LinearSpec, Matmul
-from qaft.updates.base import Update
+from qaft.updates.base import ChannelChanges, Update
 from qaft.updates.scaling import scaled
 
 
@@ -42,3 +42,7 @@ class IA3(Update):
     def merge(self, weight: Tensor) -> Tensor:
         """Return ``diag(1 + d) W0``, [O, I]."""
         return scaled(weight.T, self.outputs).T
+
+    def channel_changes(self) -> ChannelChanges:
+        """Return ``d`` of the outputs."""
+        return ChannelChanges(outputs=self.outputs)

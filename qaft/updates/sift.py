@@ -3,8 +3,8 @@
     W = W0 + c scatter(places, v)                     (SIFT, arXiv 2312.11875, section 3; c = spec.input_scale)
 
 The values are ordinary parameters, so that any optimizer steps them as it would step the masked dense weight, and
-nothing of the size of the weight outlives a product: the change is scattered in the forward pass, and again in the
-backward pass, where v's gradient is gathered from g^T x.
+nothing of the size of the weight outlives a product. Up to ``SPARSE_RATE`` the change is multiplied as a sparse matrix;
+above, it is scattered in the forward pass, and again in the backward pass, where v's gradient is gathered from g^T x.
 
 Shapes: O = out_features, I = in_features, n places of w consecutive entries.  v [n, w].
 """
@@ -21,8 +21,12 @@ from qaft.bases.base import LinearSpec, Matmul
 from qaft.bases.rebuilt import rebuilt_linear
 from qaft.updates.base import Update
 from qaft.updates.entries import WIDTHS, EntryChoice
+from qaft.updates.sparse_product import by_column, sparse_linear
 
 CHOICES = ("gradient", "magnitude", "random")
+
+SPARSE_RATE = 1 / 32
+"""Share of the entries up to which a sparse product is the faster one: an entry costs it some 30 times as much."""
 
 
 class Sift(Update):
@@ -42,6 +46,7 @@ class Sift(Update):
     source = "SIFT, arXiv 2312.11875"
 
     places: Tensor
+    order: Tensor | None
 
     @classmethod
     def entry_choice(cls, **options: object) -> EntryChoice:
@@ -72,6 +77,11 @@ class Sift(Update):
         self.scale = spec.input_scale
         self.out_features, self.in_features = spec.out_features, spec.in_features
         self.register_buffer("places", _places(spec, choice))
+        is_sparse = self.places.numel() * choice.width <= SPARSE_RATE * self.out_features * self.in_features
+        # Not saved: it follows from the places.
+        order = by_column(self.places, choice.width, self.in_features) if is_sparse else None
+        self.register_buffer("order", order, persistent=False)
+        self._ordered = (self.places.data_ptr(), self.places._version)
         self.values = nn.Parameter(torch.zeros(self.places.numel(), choice.width, dtype=spec.dtype))
 
     def _change(self, values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -83,7 +93,19 @@ class Sift(Update):
 
     def forward(self, x: Tensor, base: Matmul) -> Tensor:
         """Return the updated output, [..., I] -> [..., O]."""
-        return base(x) + rebuilt_linear(x, lambda: self._change(self.values, x.dtype), None, self.values)
+        if self.order is None:
+            return base(x) + rebuilt_linear(x, lambda: self._change(self.values, x.dtype), None, self.values)
+        shape = (self.out_features, self.in_features)
+        order = self._order_by_column(self.order)
+        return base(x) + sparse_linear(x, self.values, self.places, order, scale=self.scale, shape=shape)
+
+    def _order_by_column(self, order: Tensor) -> Tensor:
+        """Return the order of the entries by column, made anew when a checkpoint has replaced the places."""
+        places = (self.places.data_ptr(), self.places._version)
+        if places != self._ordered:
+            order.copy_(by_column(self.places, self.values.shape[1], self.in_features))
+            self._ordered = places
+        return order
 
     def tangent(self, x: Tensor, base: Matmul, directions: Mapping[str, Tensor]) -> Tensor:
         """Return ``c scatter(z) x``, [..., I] -> [..., O]."""
@@ -93,6 +115,10 @@ class Sift(Update):
         """Return the weight with the values added at their places, [O, I]."""
         flat = weight.reshape(-1, self.values.shape[1])
         return flat.index_add(0, self.places, (self.scale * self.values).to(weight.dtype)).view(weight.shape)
+
+    def touched_rows(self) -> Tensor:
+        """Return the rows that hold a place."""
+        return (self.places.long() * self.values.shape[1] // self.in_features).unique()
 
 
 def _places(spec: LinearSpec, choice: EntryChoice) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from qaft.bases.base import LinearSpec, Matmul
-from qaft.updates.base import Update
+from qaft.updates.base import ChannelChanges, Update
 from qaft.updates.scaling import scaled
 
 
@@ -71,3 +71,7 @@ class SSB(Update):
     def merge(self, weight: Tensor) -> Tensor:
         """Return ``diag(1 + d_out) W0 diag(1 + d_in)``, [O, I]."""
         return scaled(self._scaled_inputs(weight).T, self.outputs).T
+
+    def channel_changes(self) -> ChannelChanges:
+        """Return ``d_in`` and ``d_out``."""
+        return ChannelChanges(inputs=self.inputs, outputs=self.outputs)

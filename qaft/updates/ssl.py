@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qaft.bases.base import LinearSpec, Matmul
-from qaft.updates.base import Update
+from qaft.updates.base import ChannelChanges, Update
 from qaft.updates.scaling import scaled
 
 
@@ -45,3 +45,7 @@ class SSL(Update):
     def merge(self, weight: Tensor) -> Tensor:
         """Return ``W0 diag(1 + d)``, [O, I]."""
         return scaled(weight, self.inputs)
+
+    def channel_changes(self) -> ChannelChanges:
+        """Return ``d`` of the inputs."""
+        return ChannelChanges(inputs=self.inputs)

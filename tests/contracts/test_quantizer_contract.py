@@ -11,7 +11,7 @@ from reference.affine_grid import linear_gradient, quantize_group
 from torch import Tensor, nn
 
 import qaft.quant.base as quant_base
-from qaft.quant import MXFP4, NF4, NVFP4, Q4_0, QUANTIZERS, Affine, QTensor, Quantizer
+from qaft.quant import MXFP4, NF4, NVFP4, Q4_0, Q8_0, QUANTIZERS, Affine, QTensor, Quantizer
 
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -39,12 +39,12 @@ CLIPPED = [
     )
     if (ste == "clamp") == (scale_dtype is torch.bfloat16)
 ]
-BLOCKS = [kind(ste=ste) for kind in (Q4_0, MXFP4, NVFP4) for ste in ("identity", "clamp", "trust")]
+BLOCKS = [kind(ste=ste) for kind in (Q4_0, Q8_0, MXFP4, NVFP4) for ste in ("identity", "clamp", "trust")]
 CODE_BOOKS = [NF4(), NF4(group_size=128)]
 GRIDS: list[Quantizer] = [*AFFINE, *CLIPPED, *BLOCKS, *CODE_BOOKS]
 DITHERED = [grid for grid in GRIDS if grid.can_dither]
 
-HALF_STEP = {Affine: 0.5, Q4_0: 0.5, MXFP4: 1.0, NVFP4: 1.0}
+HALF_STEP = {Affine: 0.5, Q4_0: 0.5, Q8_0: 0.5, MXFP4: 1.0, NVFP4: 1.0}
 """Half of the widest distance of neighbouring levels, in units of the scale."""
 
 SCALE_STEP = {torch.float32: 2.0**-15, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
@@ -97,7 +97,7 @@ def outermost(grid: Quantizer, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def passing(grid: Quantizer, weight: Tensor) -> Tensor:
     """Return where the gradient passes, by the definition of the grid's mask, [O, I] of 0 and 1."""
-    unclipped = isinstance(grid, NF4) or (isinstance(grid, Affine) and grid.range.follows_extremes)
+    unclipped = isinstance(grid, (NF4, Q8_0)) or (isinstance(grid, Affine) and grid.range.follows_extremes)
     if unclipped or grid.ste == "identity":
         return torch.ones(weight.shape)
     scaled, low, high = outermost(grid, weight)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from qaft.bases.base import FrozenLinear, LinearSpec
 from qaft.bases.dense import DenseBase
-from qaft.compat.exports import UNBOUNDED_RANK
+from qaft.compat.exports import SCALINGS, UNBOUNDED_RANK
 from qaft.layers.adapted import AdaptedLinear
 from qaft.quant.affine import Affine
 from qaft.updates import UPDATES
@@ -230,3 +230,24 @@ def test_no_dense_weight_is_kept_for_backward(case: str, quantized: bool) -> Non
     # what may remain: the low-rank factors scaled or masked, and a few activations of rank size
     small = 4 * (4 * 8 + OUT * 8 + IN * 4)
     assert saved.bytes <= (0 if quantized else small)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rows_that_an_update_does_not_touch_are_left_bit_for_bit(case: str) -> None:
+    update, before = trained(case), weight()
+    rows = update.touched_rows()
+    changed = (update.merge(before).detach() != before).any(dim=1).nonzero().flatten()
+    expected = torch.arange(OUT) if rows is None else rows
+    assert torch.equal(changed, expected)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_channel_changes_are_all_that_a_scaling_does(case: str) -> None:
+    update, before = trained(case), weight()
+    changes = update.channel_changes()
+    assert (changes is not None) == (CASES[case][0] in SCALINGS)
+    if changes is not None:
+        outputs = torch.zeros(OUT) if changes.outputs is None else changes.outputs.detach()
+        inputs = torch.zeros(IN) if changes.inputs is None else changes.inputs.detach()
+        expected = (1 + outputs).unsqueeze(1) * before * (1 + inputs)
+        torch.testing.assert_close(update.merge(before).detach(), expected, rtol=1e-14, atol=0)

@@ -135,11 +135,46 @@ def test_half_a_batch_counts_as_the_whole_one() -> None:
     torch.testing.assert_close(found, whole(**given) * targets[0] / targets[1])
 
 
+def test_fast_compares_a_sample_with_its_last_pass_and_runs_every_row_once() -> None:
+    model, term = Model(dtype=torch.float64), Pace(sigma=0.5, variant="fast", weight=0.3)
+    whole, layers = regularized(model, [term]), adapted_layers(model)
+    torch.manual_seed(7)
+    seeds, passes, values = [], [], []
+    for step in (0, 9):
+        with torch.random.fork_rng(devices=[]):
+            seeds.append(int(torch.randint(2**62, ())))
+        whole.step = step
+        values.append(whole(**batch()))
+        with noisy(layers, term.sigmas, seeds[-1]):
+            passes.append((CausalLoss(model)(**batch()), logits(model)))
+        torch.rand(1)
+        next(iter(layers.values())).update.up.data += 0.1
+    (plain, before), (later_plain, now) = passes
+    torch.testing.assert_close(values[0], plain)
+    expected = later_plain + 0.3 * (now - before.detach()).square().sum()
+    torch.testing.assert_close(values[1], expected)
+    assert seeds[0] != seeds[1]
+    assert model.model.rows == [4] * 6
+
+
+def test_fast_has_the_gradient_of_the_new_pass_alone() -> None:
+    model, term = Model(dtype=torch.float64), Pace(sigma=0.0, variant="fast", weight=0.3)
+    whole = regularized(model, [term])
+    whole(**batch())
+    before = logits(model).detach()
+    up = next(iter(adapted_layers(model).values())).update.up
+    up.data += 0.1
+    whole.step = 1
+    expected = CausalLoss(model)(**batch()) + 0.3 * (logits(model) - before).square().sum()
+    (found,), (wanted,) = torch.autograd.grad(whole(**batch()), up), torch.autograd.grad(expected, up)
+    torch.testing.assert_close(found, wanted)
+
+
 def test_one_row_is_never_halved_to_none() -> None:
     assert Pace().rows(1, 0) == 1
 
 
-@pytest.mark.parametrize("options", [{"weight": 0}, {"sigma": -1}, {"variant": "fast"}, {"interval": 0}])
+@pytest.mark.parametrize("options", [{"weight": 0}, {"sigma": -1}, {"variant": "slow"}, {"interval": 0}])
 def test_impossible_options_are_refused_with_what_is_allowed(options) -> None:
     ((name, _),) = options.items()
     with pytest.raises(ValueError, match=rf"^{name}=.* must be"):

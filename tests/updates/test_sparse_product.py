@@ -1,0 +1,103 @@
+"""The sparse product against a dense one, and what is kept of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qaft.bases.base import LinearSpec
+from qaft.updates.sift import Sift
+from qaft.updates.sparse_product import by_column, sparse_linear
+
+OUT, IN = 6, 128
+
+
+def problem(width: int, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    places = torch.randperm(OUT * IN // width, generator=generator)[:count].sort().values.int()
+    return places, torch.randn(count, width, generator=generator).to(dtype)
+
+
+def dense(places: Tensor, values: Tensor) -> Tensor:
+    flat = torch.zeros(OUT * IN // values.shape[1], values.shape[1], dtype=values.dtype)
+    return flat.index_add(0, places, values).view(OUT, IN)
+
+
+@pytest.mark.parametrize(("width", "count"), [(1, 1), (1, 40), (1, OUT * IN), (64, 3), (64, 12)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5), (torch.bfloat16, 0.1)])
+def test_product_and_gradients_are_those_of_the_dense_matrix(
+    width: int, count: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    places, values = problem(width, count, dtype)
+    x = torch.randn(3, 5, IN, dtype=dtype, requires_grad=True)
+    values.requires_grad_()
+    functional = torch.randn(3, 5, OUT, dtype=dtype)
+    order = by_column(places, width, IN)
+    found = sparse_linear(x, values, places, order, scale=0.5, shape=(OUT, IN))
+    expected = F.linear(x, 0.5 * dense(places, values))
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+    ours, theirs = (torch.autograd.grad((y * functional).sum(), [x, values]) for y in (found, expected))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=2 * tolerance, rtol=2 * tolerance)
+
+
+def test_rows_and_columns_without_entries_are_zero() -> None:
+    places = torch.tensor([IN + 3], dtype=torch.int32)
+    x = torch.ones(2, IN, requires_grad=True)
+    y = sparse_linear(x, torch.ones(1, 1), places, by_column(places, 1, IN), scale=1.0, shape=(OUT, IN))
+    y.sum().backward()
+    assert y.detach().count_nonzero(0).tolist() == [0, 2, 0, 0, 0, 0]
+    assert x.grad is not None
+    assert x.grad.nonzero().tolist() == [[0, 3], [1, 3]]
+
+
+def sift(rate: float) -> Sift:
+    update = Sift(LinearSpec(name="layer", out_features=OUT, in_features=IN), rate=rate, choose="random")
+    update.values.data.normal_(generator=torch.Generator().manual_seed(1))
+    return update
+
+
+@pytest.mark.parametrize("rate", [0.02, 0.2])
+def test_few_and_many_entries_give_the_merged_weight(rate: float) -> None:
+    update, w, x = sift(rate), torch.randn(OUT, IN), torch.randn(7, IN)
+    torch.testing.assert_close(update(x, lambda v: F.linear(v, w)), F.linear(x, update.merge(w)), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rate", [0.02, 0.2])
+@pytest.mark.parametrize("how", ["copy", "load_state_dict"])
+def test_places_that_a_checkpoint_replaces_take_effect(how: str, rate: float) -> None:
+    update, w, x = sift(rate), torch.randn(OUT, IN), torch.randn(7, IN, requires_grad=True)
+    before = update(x, lambda v: F.linear(v, w))
+    other = (update.places + 1).clamp(max=OUT * IN - 1)
+    if how == "copy":
+        update.places.copy_(other)
+    else:
+        update.load_state_dict({"places": other, "values": update.values.detach().clone()})
+    after = update(x, lambda v: F.linear(v, w))
+    merged = update.merge(w)
+    torch.testing.assert_close(after, F.linear(x, merged), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(
+        torch.autograd.grad(after.sum(), x)[0],
+        torch.autograd.grad(F.linear(x, merged).sum(), x)[0],
+        atol=1e-4,
+        rtol=1e-4,
+    )
+
+
+def test_the_input_alone_is_kept_for_backward() -> None:
+    update, w, x = sift(0.02), torch.randn(OUT, IN), torch.randn(7, IN, requires_grad=True)
+    known = {t.data_ptr() for t in (x, w, *update.parameters(), *update.buffers())}
+    kept: list[tuple[int, ...]] = []
+    assert isinstance(update.values, nn.Parameter)
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in known:
+            kept.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        update(x, lambda v: v @ w.T)
+    assert kept == []
