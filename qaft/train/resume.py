@@ -137,8 +137,9 @@ def restore(run: TrainRun, path: Path) -> TrainState:
     run.engine.load_optimizer_state(state["optimizer"])
     run.scheduler.load_state_dict(state["scheduler"])
     run.source.load_state_dict(state["source"])
-    for term, saved in zip(run.terms, state["terms"], strict=True):
-        term.load_state_dict(saved)
+    if "terms" in state:  # earlier checkpoints have none, as no term had a state
+        for term, saved in zip(run.terms, state["terms"], strict=True):
+            term.load_state_dict(saved)
     restore_rng(state["rng"], run.engine.device)
     progress = state["progress"]
     return TrainState(
