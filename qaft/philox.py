@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -76,16 +77,15 @@ def signs(shapes: Mapping[str, torch.Size], *, key: Key, step: int, device: torc
     layer = layers.repeat_interleave(lengths, dim=0)
     block = torch.cat([torch.arange(count, device=device) for count in counts.values()])
     counter = torch.stack([block, layer[:, 0], layer[:, 1], torch.full_like(block, step)], dim=1)
-    parts = philox(counter, key).split(list(counts.values()))
-    return {name: _signs(words, shape) for (name, shape), words in zip(shapes.items(), parts, strict=True)}
+    parts = _signs(philox(counter, key)).split([count * SIGNS_PER_BLOCK for count in counts.values()])
+    return {name: part[: shape.numel()].view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
 
-def _signs(words: Tensor, shape: torch.Size) -> Tensor:
+def _signs(words: Tensor) -> Tensor:
     # Bytes first, by value and not by memory layout, so that the wide type is as small as the words are.
     shifts = torch.arange(0, 32, 8, device=words.device)
     octets = (words.unsqueeze(-1) >> shifts & 0xFF).to(torch.uint8)
-    bits = unpack_bits(octets.flatten())[: shape.numel()]
-    return bits.to(torch.float32).mul_(2).sub_(1).view(shape)
+    return unpack_signs(octets.flatten(), torch.float32)
 
 
 def unpack_bits(octets: Tensor) -> Tensor:
@@ -96,10 +96,15 @@ def unpack_bits(octets: Tensor) -> Tensor:
 
 def unpack_signs(octets: Tensor, dtype: torch.dtype) -> Tensor:
     """Return +1 for each bit that is set and -1 for the others, lowest first, [..., N] -> [..., 8 N]."""
-    values = torch.arange(256, dtype=torch.uint8, device=octets.device).unsqueeze(-1)
-    table = unpack_bits(values).to(dtype).mul_(2).sub_(1)  # [256, 8]
     # A look-up writes each value once; shifting and scaling every bit would be five passes.
-    return torch.nn.functional.embedding(octets.int(), table).flatten(-2)
+    return torch.nn.functional.embedding(octets.int(), _sign_table(dtype, octets.device)).flatten(-2)
+
+
+@cache
+def _sign_table(dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # it outlives the mode that it is first asked for in
+        values = torch.arange(256, dtype=torch.uint8, device=device).unsqueeze(-1)
+        return unpack_bits(values).to(dtype).mul_(2).sub_(1)  # [256, 8]
 
 
 def pack_bits(bits: Tensor) -> Tensor:

@@ -4,8 +4,12 @@
 
     SE(c)^2 = B / (B - 1) sum_i (d_i - n_i sum d / N)^2 / (2 epsilon N)^2        (a ratio of sums over B examples)
 
+    control(c)^2 = sum_i d_i^2 / (2 epsilon N)^2        the mean of c^2 where the signs of the examples are random
+
 Everything follows from sums over examples, in fp64, so that c is the same however the batch is cut into micro-batches.
-An example whose loss is not finite on either side is left out of every sum, the normaliser too: the mean over the rest.
+Examples that agree on a direction make c^2 larger than its control, up to B times; where nothing is learnt they are
+equal in the mean over steps. An example whose loss is not finite on either side is left out of every sum, the
+normaliser too: the mean over the rest.
 """
 
 from __future__ import annotations
@@ -51,6 +55,10 @@ class Projection:
         mean = self.difference / self.targets
         residual = self.square - 2 * mean * self.product + mean**2 * self.targets_square
         return math.sqrt(max(residual, 0.0) * self.examples / (self.examples - 1)) / (2 * epsilon * all_targets)
+
+    def control(self, epsilon: float, all_targets: float) -> float:
+        """Return the root mean square of ``scalar`` over random signs of the examples' differences."""
+        return math.sqrt(self.square) / (2 * epsilon * all_targets) if all_targets else 0.0
 
 
 @dataclass(frozen=True)

@@ -153,10 +153,12 @@ class TwoPointSource:
         scalars = self._without_outliers(raw)
         size = _root_mean_square(raw)
         error = _root_mean_square([p.standard_error(epsilon.value, sums.targets) for p in sums.projections])
+        control = _root_mean_square([p.control(epsilon.value, sums.targets) for p in sums.projections])
         surrogate = self.surrogate(params, seed=closure.run_seed, step=closure.step, scalars=scalars)
         metrics = {
             "projected_gradient": size,
             "projected_gradient_se": error,
+            "projected_gradient_shuffled": control,
             "signal_to_noise": size / error if error > 0 else math.nan,
             "epsilon": epsilon.value,
             "rounding_ratio": epsilon.ratio,

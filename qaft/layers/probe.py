@@ -14,16 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qaft.bases.base import Matmul
 from qaft.errors import ModelError
 from qaft.gradients.base import Direction
 from qaft.layers.adapted import AdaptedLinear
 from qaft.rotation.base import Rotation
+from qaft.updates.base import FusesProbe
 
 
 @contextmanager
@@ -45,8 +48,12 @@ def probed(
         for name, layer in layers.items():
             own = [_of_layer(direction, f"{name}.update.") for direction in directions]
             if any(own):
-                hook = _Hook(name, own, epsilon, rows)
-                hooks.callback(layer.register_forward_hook(hook).remove)
+                probe = _Probe(name, own, epsilon, rows)
+                if layer.quantizer is None and isinstance(layer.update, FusesProbe):
+                    layer.probe = partial(probe.inside, layer.update, layer.base.matmul)
+                    hooks.callback(setattr, layer, "probe", None)
+                else:
+                    hooks.callback(layer.register_forward_hook(probe.beside).remove)
         yield
 
 
@@ -54,8 +61,8 @@ def _of_layer(direction: Direction, prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in direction.items() if name.startswith(prefix)}
 
 
-class _Hook:
-    """Adds the probe to one layer's output."""
+class _Probe:
+    """Adds the probe to one layer's output: beside it, or inside a product of its update."""
 
     def __init__(self, name: str, directions: list[dict[str, Tensor]], epsilon: float, rows: int) -> None:
         self._name = name
@@ -63,7 +70,18 @@ class _Hook:
         self._epsilon = epsilon
         self._rows = rows
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def inside(self, update: FusesProbe, base: Matmul, x: Tensor) -> Tensor:
+        """Return the layer's output without bias."""
+        half = self._half(x)
+        steps = torch.zeros(len(x), *(1,) * (x.ndim - 2), len(self._directions), dtype=x.dtype, device=x.device)
+        for number, parts in enumerate(self._parts(half)):
+            for part in parts:
+                steps[part, ..., number] = self._epsilon
+        steps[half:] *= -1
+        return update.forward_probed(x, base, self._directions, steps)
+
+    def beside(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Return the output of a layer's forward hook."""
         assert isinstance(module, AdaptedLinear)
         x = _multiplied_by_weight(module, args[0])
         half = self._half(x)

@@ -101,6 +101,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
                 total += _loss_of(logits[block], chosen, softcap, wide, leave_residual=gradient is not None)
             if gradient is not None:
                 gradient[rows] = logits @ weight
+            del logits  # or this chunk and the next would be alive together
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return total
@@ -141,6 +142,7 @@ def _target_losses(
         logits, chosen, into = head(hidden[rows]), targets[rows], losses[rows]
         for block in _blocks(logits):
             into[block] = F.cross_entropy(_softcapped(logits[block].to(wide), softcap), chosen[block], reduction="none")
+        del logits  # or this chunk and the next would be alive together
     return losses
 
 

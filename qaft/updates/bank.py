@@ -14,7 +14,7 @@ Shapes: O = out_features, I = in_features, r = rank, P = blocks, R = r P.  A_p [
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -80,6 +80,23 @@ class Bank(Update):
         # In their own columns: beside A in 16 bits a step of epsilon would be rounded away.
         basis = [self.basis(x.dtype, slice(p * self.rank, (p + 1) * self.rank)) for p in places]
         return F.linear(F.linear(x, torch.cat(basis)), (self.scale * torch.cat(list(places.values()), 1)).to(x.dtype))
+
+    def forward_probed(
+        self, x: Tensor, base: Matmul, directions: Sequence[Mapping[str, Tensor]], steps: Tensor
+    ) -> Tensor:
+        """Return the output of a zeroth-order pass; see ``FusesProbe``.
+
+        ``[Z | s Z_p] [A | U]^T`` with ``Z = V x``: the probe is a few columns of a product that is there anyway.
+        """
+        columns = [
+            int(name.removeprefix("blocks.")) * self.rank + i for name in directions[0] for i in range(self.rank)
+        ]
+        z = F.linear(x, self.basis(x.dtype))
+        stepped = steps.unsqueeze(-1) * z[..., columns].unsqueeze(-2)  # [..., G, r]
+        up = self.scale * torch.cat([*self.blocks, *(u for direction in directions for u in direction.values())], dim=1)
+        y = base(x)
+        z = torch.cat([z, stepped.flatten(-2)], dim=-1)
+        return y.flatten(0, -2).addmm_(z.flatten(0, -2), up.to(x.dtype).T).view_as(y)
 
     def merge(self, weight: Tensor) -> Tensor:
         """Return ``W0 + c A V``, [O, I]."""

@@ -4,10 +4,13 @@
 
 One process, one batch, every third position with loss; rounds of both alternate and the best of each counts. "Plain" is
 the frozen model without any layer of ours, through the same loss (which builds no logits without a target) and as
-transformers computes it. Memory is compared with the sum of what a step needs:
+transformers computes it. Memory is what the allocator hands out, not what the process holds (it keeps what was freed).
+It is compared with the sum of what a step needs:
 
-    A 4 R sum(m) + signs R sum(n) / 8 + one block 3 * 4 r sum(m) + the largest layer, dequantized twice
-      + 2 rows tokens (3 hidden + 2 intermediate) + one chunk of logits
+    A 4 R sum(m) + signs R sum(n) / 8 + one block 3 * 4 r sum(m)
+      + max( both signs in the widest place, an MLP: 2 bytes * 2 rows tokens (2 hidden + 3 intermediate),
+             the same with 2 intermediate and the largest layer, dequantized,
+             the head: 2 bytes * 2 rows tokens 2 hidden + one chunk of logits )
 
 and the same formula, with the packed weights, gives the last lines, for 7B and 13B.
 """
@@ -19,11 +22,13 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, PretrainedConfig
 
 from qaft.build import Run, build_run
@@ -87,15 +92,20 @@ def linears(shape: dict[str, int]) -> list[tuple[int, int]]:
     return [(h, h), (kv, h), (kv, h), (h, h), (f, h), (f, h), (h, f)] * shape["layers"]
 
 
-def budget(shape: dict[str, int], tokens: int) -> float:
-    """Bytes above the weights for a micro-batch of ``tokens`` tokens on each side."""
+def budget(shape: dict[str, int], tokens: int, *, gpu: bool) -> float:
+    """Bytes above the weights for a micro-batch of ``tokens`` tokens on each side.
+
+    On a GPU a whole chunk of logits goes through the softmax in fp32 at once: 2 + 4 + 4 bytes for each.
+    """
     layers = linears(shape)
     outputs, inputs = sum(m for m, _ in layers), sum(n for _, n in layers)
     state = 4 * RANK * BLOCKS * outputs + RANK * BLOCKS * inputs / 8
     step = 3 * 4 * RANK * outputs
-    largest = 2 * 2 * max(m * n for m, n in layers)
-    activations = 2 * 2 * tokens * (3 * shape["hidden"] + 2 * shape["intermediate"])
-    return state + step + largest + activations + 2 * max(LOGITS_PER_CHUNK, 16 * shape["vocabulary"])
+    largest = 2 * max(m * n for m, n in layers)
+    hidden, intermediate = (2 * 2 * tokens * shape[name] for name in ("hidden", "intermediate"))
+    logits = (10 if gpu else 2) * max(LOGITS_PER_CHUNK, 16 * shape["vocabulary"])
+    places = (2 * hidden + 3 * intermediate, 2 * hidden + 2 * intermediate + largest, 2 * hidden + logits)
+    return state + step + max(places)
 
 
 def packed(shape: dict[str, int]) -> float:
@@ -129,21 +139,17 @@ def best_seconds(actions: dict[str, Callable[[], Any]], rounds: int) -> dict[str
 
 
 def peak_above(action: Callable[[], Any]) -> float:
-    """Bytes that an action takes at its peak above what is in use before it."""
+    """Bytes that an action allocates at its peak above what is in use before it."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         action()
         return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark becomes what is resident now
-    before = _status("VmRSS")
-    action()
-    return _status("VmHWM") - before
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(f"{field}:")).split()[1])
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        action()
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
 def step_of(training: TrainRun, batch: SyntheticBatch) -> Callable[[], None]:
@@ -193,7 +199,10 @@ def measure(arguments: argparse.Namespace, storage: str) -> list[str]:
     step()
     # The state is there already: what a step adds to it.
     state = sum(p.nbytes for p in training.params.values())
-    peak, allowed = peak_above(step) + state, budget(shape, arguments.rows * arguments.tokens)
+    peak, allowed = (
+        peak_above(step) + state,
+        budget(shape, arguments.rows * arguments.tokens, gpu=run.device.type == "cuda"),
+    )
     actions = {**forwards(resolved, batch, run.device), "LOZO step": step}
     seconds = best_seconds(actions, arguments.rounds)
     written = "0" if base_digest(run.loaded.model) == before else "NOT 0"
@@ -229,7 +238,7 @@ def main() -> None:
     print("\nBy the formula, NF4 with double quantization, 0.5 GiB of context:\n")
     print("| model | weights | 2 x 16 x 512 tokens | 2 x 2048 tokens |\n|---|--:|--:|--:|")
     for name, shape in SIZES.items():
-        totals = [(packed(shape) + CONTEXT + budget(shape, tokens)) / 1e9 for tokens in (16 * 512, 2048)]
+        totals = [(packed(shape) + CONTEXT + budget(shape, tokens, gpu=True)) / 1e9 for tokens in (16 * 512, 2048)]
         print(f"| {name} | {packed(shape) / 1e9:.2f} GB | {totals[0]:.2f} GB | {totals[1]:.2f} GB |")
 
 

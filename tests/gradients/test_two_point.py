@@ -140,6 +140,28 @@ def test_the_standard_error_is_the_spread_over_resampled_batches() -> None:
     assert projection.standard_error(0.5, float(n.sum())) == pytest.approx(float(spread), rel=0.1)
 
 
+def test_the_shuffled_scalar_is_the_mean_over_all_signs_of_the_examples_differences() -> None:
+    pair, few = losses(), slice(0, 10)
+    rest = PairedLosses(*(field[few] for field in (pair.plus, pair.minus, pair.targets, pair.direction)))
+    [projection] = StepSums.zeros(1).add(rest, [0]).projections
+    patterns = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=torch.float64)] * 10)
+    scalars = patterns @ (rest.plus - rest.minus) / (2 * 0.5 * float(rest.targets.sum()))
+    found = projection.control(0.5, float(rest.targets.sum()))
+    assert found == pytest.approx(float(scalars.square().mean().sqrt()), rel=1e-12)
+
+
+def test_examples_that_agree_exceed_the_shuffled_scalar_by_the_root_of_their_number() -> None:
+    agreeing = PairedLosses(
+        torch.full((16,), 2.0, dtype=torch.float64),
+        torch.ones(16, dtype=torch.float64),
+        torch.ones(16, dtype=torch.int64),
+        torch.zeros(16, dtype=torch.int64),
+    )
+    [projection] = StepSums.zeros(1).add(agreeing, [0]).projections
+    assert projection.scalar(0.5, 16.0) == pytest.approx(4 * projection.control(0.5, 16.0))
+    assert projection.control(0.5, 0.0) == 0.0
+
+
 def test_one_example_has_no_standard_error() -> None:
     assert math.isnan(Projection(examples=1.0, targets=3.0).standard_error(0.1, 3.0))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -239,6 +240,7 @@ def test_the_log_says_how_well_the_gradient_is_known(tiny_llama: Path, tmp_path:
         assert record["signal_to_noise"] == pytest.approx(
             record["projected_gradient"] / record["projected_gradient_se"], rel=1e-5
         )
+        assert 0 < record["projected_gradient_shuffled"] < math.inf
         assert record["rounding_ratio"] >= 30
         assert record["masked_examples"] == record["masked_directions"] == 0
 
