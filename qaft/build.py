@@ -22,6 +22,8 @@ from qaft.errors import RecipeError, TrainingError
 from qaft.gradients import SOURCES
 from qaft.layers.adapted import AdaptedLinear
 from qaft.layers.attach import attach, load_trainables
+from qaft.models.adapter import open_adapter
+from qaft.models.adapter_start import require_targets, start_from
 from qaft.models.load import LoadedModel, linear_names, load_model
 from qaft.models.online import put_online
 from qaft.models.sharing import Sharing, shared_source
@@ -89,8 +91,9 @@ def build_run(
     Args:
         recipe: what to build.
         device: where; default: ``default_device()``.
-        calibrate: choose rows and columns by scores on ``data.train`` where the update wants them. Without, these
-            choices are arbitrary: only for a run whose trainables are loaded from a checkpoint, which holds them.
+        calibrate: choose rows and columns by scores on ``data.train`` where the update wants them, and start from
+            ``model.adapter``. Without, these choices are arbitrary: only for a run whose trainables are loaded from a
+            checkpoint, which holds them.
         share: rank 0 of the job reads, quantizes and chooses, the others receive; collective.
 
     Raises:
@@ -102,7 +105,13 @@ def build_run(
     sharing = Sharing(device, active=share)
     source = shared_source(recipe.model, sharing)
     selector = build_from(SELECTORS, recipe.select.kind, recipe.select.options, where="select")
-    selected = selector(linear_names(source.config, trust_remote_code=recipe.model.trust_remote_code))
+    names = linear_names(source.config, trust_remote_code=recipe.model.trust_remote_code)
+    selected = selector(names)
+    # What a checkpoint holds is not read again: neither scores nor the adapter that the run has started from.
+    folder = recipe.model.adapter if calibrate else None
+    adapter = None if folder is None else sharing.value(lambda: open_adapter(folder))
+    if adapter is not None:
+        require_targets(adapter, names, selected)
     chosen = frozenset(selected)
     recipe = sharing.value(lambda: with_rotations(recipe, source, chosen, device))
     loaded = load_model(
@@ -119,6 +128,8 @@ def build_run(
     scores = sharing.value(lambda: layer_scores(recipe, loaded, selected, calibrate=calibrate))
     places = entry_places(recipe, loaded, selected, sharing, calibrate=calibrate)
     layers = attach(loaded.model, selected, _adapter(recipe, loaded, scores, places))
+    if adapter is not None:
+        start_from(adapter, layers, loaded, sharing)
     _tie(recipe, loaded, layers)
     _put_online(recipe, loaded)
     loaded.model.to(device)  # pyright: ignore[reportArgumentType]

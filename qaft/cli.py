@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qaft.commands.merge_verb import verbs as merge_verbs
 from qaft.commands.patch_verbs import verbs as patch_verbs
 from qaft.errors import QaftError
 from qaft.ranks import end_failed, join_launcher, lost_peer, rank, wait_for_launcher, world_size
@@ -27,6 +28,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+app.add_typer(merge_verbs)
 app.add_typer(patch_verbs)
 
 OVERRIDES: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}

@@ -78,6 +78,14 @@ def test_mistakes_are_named_with_place_value_and_what_is_allowed(raw, fragments)
 
 
 ROWS = {
+    "model.adapter x update other than lowrank": {
+        "model": {"name": "m", "adapter": "a"},
+        "update": {"kind": "dense"},
+    },
+    "model.adapter x zeroth-order source": {
+        "model": {"name": "m", "adapter": "a"},
+        "gradient": {"kind": "spsa"},
+    },
     "no qat x bnb export": {"model": {"name": "m", "storage": "nf4"}, "export": [{"format": "bnb"}]},
     "grid that bitsandbytes lacks x bnb export": {
         "qat": {"weights": {"bits": 8, "group_size": 128}},

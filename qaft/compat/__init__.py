@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from qaft.compat.adapter import ADAPTER
 from qaft.compat.exports import EXPORTS
 from qaft.compat.gguf_exports import GGUF_EXPORTS
 from qaft.compat.grids import GRIDS
@@ -16,7 +17,7 @@ from qaft.errors import IncompatibleError
 if TYPE_CHECKING:
     from qaft.recipe import Recipe
 
-INCOMPATIBLE: tuple[Rule, ...] = (*EXPORTS, *GGUF_EXPORTS, *GRIDS, *PACKED_EXPORTS, *RESELECTION, *TRAINING)
+INCOMPATIBLE: tuple[Rule, ...] = (*ADAPTER, *EXPORTS, *GGUF_EXPORTS, *GRIDS, *PACKED_EXPORTS, *RESELECTION, *TRAINING)
 
 CAUTIONS: tuple[Rule, ...] = (
     Rule(

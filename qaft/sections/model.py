@@ -20,6 +20,9 @@ class ModelSection(Section):
     dtype: DTypeName = Field(
         default="bfloat16", description="dtype of computation and of everything that is not packed"
     )
+    adapter: str | None = Field(
+        default=None, description="folder of a PEFT LoRA on this model: where update lowrank starts"
+    )
     double_quant: bool = Field(
         default=False, description="nf4/fp4 only: quantize the block scales too (never on trained layers)"
     )

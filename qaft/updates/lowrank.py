@@ -36,9 +36,24 @@ class LowRank(Update):
     def __init__(self, spec: LinearSpec, *, rank: int = 8, alpha: float = 16.0) -> None:
         super().__init__()
         check_rank(spec, rank)
+        self.input_scale = spec.input_scale
         self.scale = spec.input_scale * alpha / rank
         self.down = nn.Parameter(random_down(spec, rank))
         self.up = nn.Parameter(torch.zeros(spec.out_features, rank, dtype=spec.dtype))
+
+    @torch.no_grad()
+    def start_from(self, factors: LowRankFactors) -> None:
+        """Start at ``dW = factors.up @ factors.down`` instead of 0; ranks above theirs start as without them.
+
+        Raises:
+            ValueError: the factors have a higher rank.
+        """
+        rank = factors.down.shape[0]
+        if rank > len(self.down):
+            raise ValueError(f"rank={len(self.down)} cannot hold factors of rank {rank}")
+        # The size of a norm that is folded into the weight is in the given down, and in the scale of this update.
+        self.down[:rank] = factors.down / self.input_scale
+        self.up[:, :rank] = factors.up * (self.input_scale / self.scale)
 
     def forward(self, x: Tensor, base: Matmul) -> Tensor:
         """Return the updated output, [..., I] -> [..., O]."""
