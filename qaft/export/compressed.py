@@ -141,7 +141,7 @@ def _notes(plan: Packing, rows: list[Survival]) -> tuple[str, ...]:
         )
     shares = [row.share for row in rows if row.share is not None]
     if shares:
-        notes.append(f"put onto the grid without training: between {min(shares):.1%} and {max(shares):.1%} of each update survives")
+        notes.append(f"put onto the grid untrained: {min(shares):.1%} to {max(shares):.1%} of each update survives")
     for joined in _FUSED:
         by_parent: dict[str, set[PackedGrid | None]] = {}
         parents = {name.rpartition(".")[0] for name in plan.grids if name.rpartition(".")[2] in joined}

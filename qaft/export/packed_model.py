@@ -177,4 +177,4 @@ def _survival_note(rows: list[Survival]) -> tuple[str, ...]:
     shares = [row.share for row in rows if row.share is not None]
     if not shares:
         return ()
-    return (f"put onto the grid without training: between {min(shares):.1%} and {max(shares):.1%} of each update survives",)
+    return (f"put onto the grid untrained: {min(shares):.1%} to {max(shares):.1%} of each update survives",)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -38,6 +39,9 @@ _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK
 
 _HEADROOM = 1.5
 """Free memory needed for a second model, relative to its weights: activations, and one layer in fp32."""
+
+_HOST_HEADROOM = 1.2
+"""The same in host memory, where nothing is fragmented."""
 
 
 @dataclass(frozen=True)
@@ -147,14 +151,10 @@ def verify_export(loaded: LoadedModel, folder: Path, written: Written) -> Verifi
         ExportError: plain transformers cannot load it.
         DifferenceError: it differs by more than ``written.bound``.
     """
-    ids = prompt_ids(loaded.tokenizer)
+    trained, reference = expected_logits(loaded, written)
+    ids, own = reference.ids, None
     with plain_activations(loaded.model, keep_inputs=written.inputs is not None):
-        trained = PromptLogits(ids, float_logits(loaded.model, ids))
-        reference, own = trained, None
-        if written.exported_weight is not None:
-            with exported_weights(loaded.model, written.exported_weight, written.dtype):
-                reference = PromptLogits(ids, float_logits(loaded.model, ids, via=written.dtype))
-        elif written.base is None and written.dtype == model_dtype(loaded) != torch.float32:
+        if reference is trained and written.base is None and written.dtype == model_dtype(loaded) != torch.float32:
             own = PromptLogits(ids, native_logits(loaded.model, ids))
         inputs = {} if written.inputs is None else record_inputs(loaded.model, ids[0])
         codes = input_codes(loaded.model, inputs)
@@ -176,6 +176,26 @@ def verify_export(loaded: LoadedModel, folder: Path, written: Written) -> Verifi
     if found.native is not None:
         bound.check_floor(found.native.reload, found.native.run)
     return found
+
+
+def expected_logits(loaded: LoadedModel, written: Written) -> tuple[PromptLogits, PromptLogits]:
+    """Return the fp32 logits of the trained model, and those that its export has to give: the same, where it can."""
+    ids = prompt_ids(loaded.tokenizer)
+    with plain_activations(loaded.model, keep_inputs=written.inputs is not None):
+        trained = PromptLogits(ids, float_logits(loaded.model, ids))
+        if written.exported_weight is None:
+            return trained, trained
+        with exported_weights(loaded.model, written.exported_weight, written.dtype):
+            return trained, PromptLogits(ids, float_logits(loaded.model, ids, via=written.dtype))
+
+
+def missing_memory(loaded: LoadedModel) -> str:
+    """Return why a fresh process cannot hold the model beside the run, with both numbers; empty where it can."""
+    live = next(loaded.model.parameters()).device
+    needed, free = _HOST_HEADROOM * _dense_bytes(loaded), psutil.virtual_memory().available
+    if _device_for_reload(loaded, live).type != "cpu" or free >= needed:
+        return ""
+    return f"a fresh process needs {needed / 2**30:.1f} GiB for it, {free / 2**30:.1f} are free"
 
 
 def _native(reference: PromptLogits, own: PromptLogits, reloaded: Reloaded) -> Native:

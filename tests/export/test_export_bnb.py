@@ -241,7 +241,7 @@ def test_an_adapter_is_put_onto_its_packed_base_with_force_and_measured(
 ) -> None:
     loaded = trained(wide(), storage=storage, size=0.003, select=is_query_or_value)
     report = export(loaded, section("bnb", force=True), tmp_path / "out", INFO)
-    assert any("requantized with force" in note for note in report.notes)
+    assert any("put onto the grid untrained" in note for note in report.notes)
     assert "what survives requantization" in capsys.readouterr().err
     name = "model.layers.0.self_attn.q_proj"
     held = held_by(client(tmp_path / "out").get_submodule(name)).dequantize().float()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 from tiny_export import INFO, section, trained
@@ -82,6 +84,18 @@ def test_what_was_written_without_verification_has_its_digests_alone(checkpoint:
     EXPORTERS["merged"](trained(checkpoint()), section("merged"), tmp_path / "out", INFO)
     assert not (tmp_path / "out" / FINGERPRINT).exists()
     assert check_export_folder(tmp_path / "out").deviation is None
+
+
+def test_a_model_too_large_to_be_reloaded_here_is_checked_where_there_is_room(
+    checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    loaded = trained(checkpoint(), qat=INT4)
+    report = EXPORTERS["compressed-tensors"](loaded, section("compressed-tensors", verify=True), tmp_path / "out", INFO)
+    assert report.difference is None
+    assert any("not reloaded: a fresh process needs" in note and "--check-only" in note for note in report.notes)
+    found = check_export_folder(tmp_path / "out")
+    assert found.deviation is not None and found.deviation.max_relative < 1e-5
 
 
 def test_an_adapter_is_checked_on_its_base(checkpoint: Any, tmp_path: Path) -> None:

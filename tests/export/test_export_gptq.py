@@ -191,7 +191,7 @@ def test_an_adapter_is_put_onto_its_packed_base_with_force_and_measured(
 ) -> None:
     loaded = trained(checkpoint(), storage="int4", size=0.01, group_size=32)
     report = export(loaded, section("gptq", force=True), tmp_path / "out", INFO)
-    assert any("requantized with force" in note for note in report.notes)
+    assert any("put onto the grid untrained" in note for note in report.notes)
     assert "what survives requantization" in capsys.readouterr().err
 
 

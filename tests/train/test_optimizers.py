@@ -72,7 +72,9 @@ def test_state_of_adamw_8bit_is_two_bytes_per_parameter() -> None:
 
 @pytest.mark.parametrize("name", ["paged_adamw", "paged_adamw_8bit"])
 def test_paged_optimizer_on_a_cpu_is_an_error_that_says_what_runs(name: str) -> None:
-    with pytest.raises(RecipeError, match=f"optim.name={name} .* on cpu these run: adafactor, adamw, adamw_8bit, multiplicative, sgd"):
+    with pytest.raises(
+        RecipeError, match=f"optim.name={name} .* on cpu these run: adafactor, adamw, adamw_8bit, multiplicative, sgd"
+    ):
         train(name, {})
 
 
