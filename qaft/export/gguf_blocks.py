@@ -21,7 +21,7 @@ from qaft.bases.affine import AffineBase
 from qaft.errors import ExportError
 from qaft.quant.affine import Affine
 from qaft.quant.base import QTensor, Quantizer
-from qaft.quant.fp4 import MXFP4
+from qaft.quant.e2m1 import MXFP4
 from qaft.quant.ggml import BLOCK, GgmlBlocks
 
 _NIBBLES = 4

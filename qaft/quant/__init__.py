@@ -9,7 +9,7 @@ import torch
 from qaft.quant.activation import TokenQuantizer
 from qaft.quant.affine import Affine
 from qaft.quant.base import QTensor, Quantizer
-from qaft.quant.fp4 import MXFP4, NVFP4
+from qaft.quant.e2m1 import MXFP4, NVFP4
 from qaft.quant.kv import KVQuantizer, RosteKV, VllmKV
 from qaft.quant.nf4 import NF4
 from qaft.quant.q4_0 import Q4_0

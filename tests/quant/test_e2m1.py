@@ -12,7 +12,7 @@ from compressed_tensors.quantization.utils.fp4_utils import cast_to_fp4
 from compressed_tensors.quantization.utils.mxfp_utils import generate_mx_scales
 from reference.e2m1 import LEVELS, mx_exponent, nearest, nv_tensor_exponent
 
-from qaft.quant.fp4 import MXFP4, NVFP4, round_e2m1
+from qaft.quant.e2m1 import MXFP4, NVFP4, round_e2m1
 
 FP4 = pytest.mark.parametrize("grid", [MXFP4(), NVFP4()], ids=["mxfp4", "nvfp4"])
 

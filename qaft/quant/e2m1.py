@@ -66,7 +66,7 @@ def _codes(levels: Tensor) -> Tensor:
     return (code + 8 * (levels < 0)).to(torch.int8)
 
 
-class _FP4(Quantizer):
+class _E2M1(Quantizer):
     """What MXFP4 and NVFP4 share: everything but the scale of a block."""
 
     def __init__(self, *, group_size: int, ste: str) -> None:
@@ -195,7 +195,7 @@ class _FP4(Quantizer):
         return in_features // self.group_size
 
 
-class MXFP4(_FP4):
+class MXFP4(_E2M1):
     """The MXFP4 grid of the OCP Microscaling formats: blocks of 32 inputs, scales that are powers of two.
 
     Args:
@@ -224,7 +224,7 @@ class MXFP4(_FP4):
         return 7.0
 
 
-class NVFP4(_FP4):
+class NVFP4(_E2M1):
     """The NVFP4 grid of NVIDIA's Blackwell: blocks of 16 inputs with e4m3 scales, and one scale per tensor.
 
     Args:
