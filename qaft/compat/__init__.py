@@ -9,6 +9,7 @@ from qaft.compat.exports import EXPORTS
 from qaft.compat.gguf_exports import GGUF_EXPORTS
 from qaft.compat.grids import GRIDS
 from qaft.compat.packed_exports import PACKED_EXPORTS
+from qaft.compat.patch_exports import PATCH_EXPORTS
 from qaft.compat.reselection import RESELECTION
 from qaft.compat.rule import Rule
 from qaft.compat.training import FIRST_ORDER, TRAINING
@@ -17,7 +18,16 @@ from qaft.errors import IncompatibleError
 if TYPE_CHECKING:
     from qaft.recipe import Recipe
 
-INCOMPATIBLE: tuple[Rule, ...] = (*ADAPTER, *EXPORTS, *GGUF_EXPORTS, *GRIDS, *PACKED_EXPORTS, *RESELECTION, *TRAINING)
+INCOMPATIBLE: tuple[Rule, ...] = (
+    *ADAPTER,
+    *EXPORTS,
+    *GGUF_EXPORTS,
+    *GRIDS,
+    *PACKED_EXPORTS,
+    *PATCH_EXPORTS,
+    *RESELECTION,
+    *TRAINING,
+)
 
 CAUTIONS: tuple[Rule, ...] = (
     Rule(

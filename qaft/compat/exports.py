@@ -22,13 +22,9 @@ GRID_BITS = {"int4": 4, "int8_group": 8}
 """Bits of the storages on an affine grid; group size and zero points are those of ``qat.weights``."""
 
 
-def _exports(recipe: Recipe, format: str) -> bool:
+def exports(recipe: Recipe, format: str) -> bool:
+    """Return whether an export has this format."""
     return any(e.format == format for e in recipe.export)
-
-
-def _touches_few_rows(recipe: Recipe) -> bool:
-    columns = recipe.update.options.get("columns", 0)
-    return recipe.update.kind == "sift" or (recipe.update.kind == "roco" and not columns)
 
 
 def _is_cut(recipe: Recipe) -> bool:
@@ -42,14 +38,21 @@ def _requantizes(recipe: Recipe) -> bool:
     return any(e.format == "compressed-tensors" and not (e.force and has_grid) for e in recipe.export)
 
 
-def _has_mixed_zero_points(recipe: Recipe) -> bool:
+def has_mixed_zero_points(recipe: Recipe) -> bool:
+    """Return whether frozen and trained layers are integers of different widths, with zero points."""
     grid, bits = recipe.qat and recipe.qat.weights, GRID_BITS.get(recipe.model.storage)
     return grid is not None and grid.kind == "int" and not grid.symmetric and bits not in (None, grid.bits)
 
 
-def _has_odd_activations(recipe: Recipe) -> bool:
+def has_odd_activations(recipe: Recipe) -> bool:
+    """Return whether inputs are rounded otherwise than to symmetric integers over the whole range of a token."""
     grid = recipe.qat and recipe.qat.activations
     return grid is not None and (not grid.symmetric or grid.clip < 1)
+
+
+def has_zero_points_under_activations(recipe: Recipe) -> bool:
+    """Return whether inputs of layers with zero points are quantized."""
+    return recipe.qat is not None and recipe.qat.activations is not None and not recipe.qat.weights.symmetric
 
 
 EXPORTS: tuple[Rule, ...] = (
@@ -68,24 +71,19 @@ EXPORTS: tuple[Rule, ...] = (
     ),
     Rule(
         "grid other than int x compressed-tensors export",
-        lambda r: r.qat is not None and r.qat.weights.kind != "int" and _exports(r, "compressed-tensors"),
+        lambda r: r.qat is not None and r.qat.weights.kind != "int" and exports(r, "compressed-tensors"),
         "the packed format that is written holds affine integers only",
         "set qat.weights.kind to int, or export `merged`, whose 16-bit weights hold every grid's values",
     ),
     Rule(
         "asymmetric or clipped activations x compressed-tensors export",
-        lambda r: _has_odd_activations(r) and _exports(r, "compressed-tensors"),
+        lambda r: has_odd_activations(r) and exports(r, "compressed-tensors"),
         "its readers round the inputs of a layer to symmetric integers over the whole range of a token",
         "set qat.activations to symmetric: true and clip: 1, or export `merged` (the trained weights alone)",
     ),
     Rule(
         "activations beside zero points x compressed-tensors export",
-        lambda r: (
-            r.qat is not None
-            and r.qat.activations is not None
-            and not r.qat.weights.symmetric
-            and _exports(r, "compressed-tensors")
-        ),
+        lambda r: has_zero_points_under_activations(r) and exports(r, "compressed-tensors"),
         "weights with zero points are unpacked by transformers while it loads them, after which it does not quantize "
         "the inputs of the layer",
         "set qat.weights.symmetric to true, or leave qat.activations out",
@@ -96,14 +94,14 @@ EXPORTS: tuple[Rule, ...] = (
             r.qat is not None
             and r.qat.weights.kind == "int"
             and r.qat.weights.bits not in EXPORTABLE_BITS
-            and _exports(r, "compressed-tensors")
+            and exports(r, "compressed-tensors")
         ),
         "readers of the packed format support 4 and 8 bits",
         "set qat.weights.bits to 4 or 8, or export `merged`",
     ),
     Rule(
         "two grids with zero points x compressed-tensors export",
-        lambda r: _has_mixed_zero_points(r) and _exports(r, "compressed-tensors"),
+        lambda r: has_mixed_zero_points(r) and exports(r, "compressed-tensors"),
         "frozen and trained layers lie on grids of different widths, and of files with zero points transformers reads "
         "the first grid only",
         "set qat.weights.symmetric to true, or model.storage to int4 (bits 4), int8_group (bits 8) or bf16, or export "
@@ -111,29 +109,10 @@ EXPORTS: tuple[Rule, ...] = (
     ),
     Rule(
         "update of any rank x peft export",
-        lambda r: r.update.kind in UNBOUNDED_RANK and not _is_cut(r) and _exports(r, "peft"),
+        lambda r: r.update.kind in UNBOUNDED_RANK and not _is_cut(r) and exports(r, "peft"),
         "a LoRA file holds updates of bounded rank only",
         "export `merged` (or `compressed-tensors` with qat), or set update.kind to lowrank, linchain, roco or bank, or "
         "export.rank for a dense update, of which the file then holds the part of that rank",
-    ),
-    Rule(
-        "adapter x patch export",
-        lambda r: r.qat is None and _exports(r, "patch"),
-        "rows that were not trained through the grid lose most of their update when they are packed",
-        "add a qat section (rows are then trained through the grid), or export `peft` or `merged`",
-    ),
-    Rule(
-        "update of every row x patch export",
-        lambda r: not _touches_few_rows(r) and _exports(r, "patch"),
-        "a patch holds the rows that an update touches, and this one touches all; so does a trained column, which lies "
-        "in a group of every row",
-        "set update.kind to roco with rows and without columns, or to sift, or export `compressed-tensors` or `merged`",
-    ),
-    Rule(
-        "grid without packed checkpoint x patch export",
-        lambda r: r.qat is not None and r.qat.weights.kind not in ("int", "nf4") and _exports(r, "patch"),
-        "a patch changes rows of a packed base, and those that are read here hold int or nf4 codes",
-        "set qat.weights.kind to int or nf4, or export `merged`",
     ),
     Rule(
         "simulation target x export",

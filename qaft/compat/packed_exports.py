@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qaft.compat.exports import EXPORTABLE_BITS, GRID_BITS, PACKED_BNB
+from qaft.compat.exports import EXPORTABLE_BITS, GRID_BITS, PACKED_BNB, exports
 from qaft.compat.rule import Rule
 
 if TYPE_CHECKING:
@@ -12,10 +12,6 @@ if TYPE_CHECKING:
 
 FORCED_STORAGES = {"bnb": ("nf4", "int8"), "gptq": ("int4", "int8_group")}
 """Storages whose grid the format has: an adapter can be put onto them by force."""
-
-
-def _exports(recipe: Recipe, format: str) -> bool:
-    return any(e.format == format for e in recipe.export)
 
 
 def _has_no_grid(recipe: Recipe, format: str) -> bool:
@@ -62,13 +58,13 @@ PACKED_EXPORTS: tuple[Rule, ...] = (
     ),
     Rule(
         "grid that bitsandbytes lacks x bnb export",
-        lambda r: r.qat is not None and not _is_nf4(r) and not _is_int8(r) and _exports(r, "bnb"),
+        lambda r: r.qat is not None and not _is_nf4(r) and not _is_int8(r) and exports(r, "bnb"),
         "bitsandbytes has the code books nf4 and fp4, and int8 with one positive scale per output channel",
         "set qat.weights to {kind: nf4} or {bits: 8, group_size: null}, or export `compressed-tensors`",
     ),
     Rule(
         "frozen layers of another width x bnb export",
-        lambda r: _has_other_width(r) and _exports(r, "bnb"),
+        lambda r: _has_other_width(r) and exports(r, "bnb"),
         "transformers loads a checkpoint of bitsandbytes in 4 or in 8 bits, and here frozen and trained layers differ",
         "set model.storage to nf4, fp4 or bf16 for nf4 grids, and to int8, int8_group or bf16 for int8 grids",
     ),
@@ -80,19 +76,19 @@ PACKED_EXPORTS: tuple[Rule, ...] = (
     ),
     Rule(
         "grid without 4- or 8-bit integers x gptq export",
-        lambda r: r.qat is not None and not _is_on_gptq_grid(r) and _exports(r, "gptq"),
+        lambda r: r.qat is not None and not _is_on_gptq_grid(r) and exports(r, "gptq"),
         "readers of GPTQ checkpoints support integers of 4 and 8 bits",
         "set qat.weights.kind to int and bits to 4 or 8, or export `merged`",
     ),
     Rule(
         "frozen layers on another grid x gptq export",
-        lambda r: _has_other_grid(r) and _exports(r, "gptq"),
+        lambda r: _has_other_grid(r) and exports(r, "gptq"),
         "transformers reads one grid for all packed layers of a GPTQ checkpoint",
         "set model.storage to int4 (bits 4), int8_group (bits 8) or bf16, or export `compressed-tensors`",
     ),
     Rule(
         "scales in fp32 x gptq export",
-        lambda r: r.model.dtype == "float32" and _exports(r, "gptq"),
+        lambda r: r.model.dtype == "float32" and exports(r, "gptq"),
         "GPTQ checkpoints hold scales in fp16, which would round those of training",
         "set model.dtype to bfloat16 or float16, or export `compressed-tensors`",
     ),

@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -28,6 +27,7 @@ from qaft.export.base import EXACT, FLIPPING, ExportInfo, ExportReport, Linear, 
 from qaft.export.checkpoint_writer import CheckpointWriter, shard_bytes, to_dtype
 from qaft.export.hf_files import write_hf_files
 from qaft.export.packed import Packing, plan_packing
+from qaft.export.packed_rows import stored_codes
 from qaft.export.publish import publish
 from qaft.export.quantization_config import PackedGrid, quantization_config
 from qaft.export.survival import Survival, require_survival, survival_table
@@ -43,7 +43,6 @@ from qaft.export.tensors import (
 from qaft.export.transform_config import online_rotation, transform_config
 from qaft.layers.adapted import AdaptedLinear
 from qaft.quant.base import QTensor
-from qaft.quant.packing import pack_int32, pack_zero_point
 
 if TYPE_CHECKING:
     from qaft.models.load import LoadedModel
@@ -123,14 +122,8 @@ def _write(loaded: LoadedModel, section: ExportSection, plan: Packing, rows: lis
 
 def _add_codes(writer: CheckpointWriter, name: str, codes: QTensor, grid: PackedGrid) -> None:
     to_dtype(f"{name}.weight_scale", codes.scale, codes.scale.dtype)
-    if grid.packed:
-        writer.add(f"{name}.weight_packed", pack_int32(codes.values, grid.bits))
-        writer.add(f"{name}.weight_shape", torch.tensor(codes.values.shape))
-    else:
-        writer.add(f"{name}.weight", codes.values)
-    writer.add(f"{name}.weight_scale", codes.scale)
-    if codes.zero_point is not None:
-        writer.add(f"{name}.weight_zero_point", pack_zero_point(codes.zero_point, grid.bits))
+    for part, tensor in stored_codes(codes, grid.bits, packed=grid.packed).items():
+        writer.add(f"{name}.{part}", tensor)
 
 
 def _notes(plan: Packing, rows: list[Survival]) -> tuple[str, ...]:

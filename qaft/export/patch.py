@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from qaft.bases.dense import DenseBase
 from qaft.errors import ExportError
 from qaft.export.base import UNBOUNDED, ExportInfo, ExportReport, Linear, Written
 from qaft.export.checkpoint_writer import to_dtype
+from qaft.export.packed import Packing, plan_packing
 from qaft.export.packed_rows import rows_of, stored_base, stored_codes
 from qaft.export.patch_file import LayerPatch, digest, save_patch
 from qaft.export.publish import publish
@@ -58,9 +59,11 @@ def export_patch(loaded: LoadedModel, section: ExportSection, folder: Path, info
         raise ExportError("patch: the run adapts no layer, so there is nothing to write")
     grids = {name: _grid(name, layer) for name, layer in adapted.items()}
     _require_one_format(layers, next(iter(grids.values())))
+    on_nf4 = any(isinstance(grid, NF4) for grid in grids.values())
+    plan = None if on_nf4 else plan_packing(loaded, layers, force=False)
     # Nothing of a patch can be loaded alone; that it is the trained model is compared code by code while writing.
     unloaded = section.model_copy(update={"verify": False})
-    return publish(loaded, unloaded, folder, info, write=partial(_write, loaded, grids))
+    return publish(loaded, unloaded, folder, info, write=partial(_write, loaded, grids, plan))
 
 
 def _grid(name: str, layer: AdaptedLinear) -> Quantizer:
@@ -99,7 +102,8 @@ def _require_one_format(layers: Mapping[str, Linear], grid: Quantizer) -> None:
         )
 
 
-def _write(loaded: LoadedModel, grids: Mapping[str, Quantizer], folder: Path) -> Written:
+def _write(loaded: LoadedModel, grids: Mapping[str, Quantizer], plan: Packing | None, folder: Path) -> Written:
+    """Write the patch; ``plan`` is how a compressed-tensors export packs the layers, None for bitsandbytes."""
     dtype = model_dtype(loaded)
     patches: dict[str, LayerPatch] = {}
     base: dict[str, str] = {}
@@ -108,8 +112,10 @@ def _write(loaded: LoadedModel, grids: Mapping[str, Quantizer], folder: Path) ->
             base[name] = digest(to_dtype(name, part, dtype))
             continue
         if isinstance(part, AdaptedLinear):
-            stored, patch = _touched(name, part, grids[name])
+            stored, patch = _touched(name, part, grids[name], packed=plan is None or plan.grids[name].packed)
             patches |= {} if patch is None else {name: patch}
+        elif plan is not None and name in plan.codes:
+            stored = stored_codes(plan.codes[name](), plan.grids[name].bits, packed=plan.grids[name].packed)
         else:
             stored = stored_base(part)
         if part.bias is not None:
@@ -117,12 +123,12 @@ def _write(loaded: LoadedModel, grids: Mapping[str, Quantizer], folder: Path) ->
         base |= {f"{name}.{leaf}": digest(tensor) for leaf, tensor in stored.items()}
     save_patch(patches, base, folder)
     rows, trained = sum(len(p.rows) for p in patches.values()), len(grids)
-    grid = next(iter(grids.values()))
     return Written(
         dtype=dtype,
         bound=UNBOUNDED,
         basis="original" if loaded.fusion is None else "fused",
-        grids=({"kind": _kind(grid), "bits": grid.bits, "group_size": grid.group_size, "symmetric": grid.symmetric},),
+        grids=_described(grids, plan),
+        inputs=None if plan is None else plan.inputs,
         notes=(
             f"{rows} rows of {trained} layers; compared while writing: every other code and scale is that of the base",
             "put it onto the base with `qaft patch apply`, take it off with `qaft patch revert`",
@@ -130,12 +136,18 @@ def _write(loaded: LoadedModel, grids: Mapping[str, Quantizer], folder: Path) ->
     )
 
 
-def _kind(grid: Quantizer) -> str:
-    return "nf4" if isinstance(grid, NF4) else "int"
+def _described(grids: Mapping[str, Quantizer], plan: Packing | None) -> tuple[Mapping[str, Any], ...]:
+    """Return the grids of the base as plain values."""
+    if plan is not None:
+        return tuple(grid.describe() for grid in dict.fromkeys(plan.grids.values()))
+    sizes = dict.fromkeys(grid.group_size for grid in grids.values())
+    return tuple({"kind": "nf4", "bits": 4, "group_size": size, "symmetric": True} for size in sizes)
 
 
 @torch.no_grad()
-def _touched(name: str, layer: AdaptedLinear, grid: Quantizer) -> tuple[dict[str, Tensor], LayerPatch | None]:
+def _touched(
+    name: str, layer: AdaptedLinear, grid: Quantizer, *, packed: bool
+) -> tuple[dict[str, Tensor], LayerPatch | None]:
     """Return the layer as the base stores it, and its touched rows (None when there are none)."""
     rows = layer.update.touched_rows()
     assert rows is not None
@@ -143,11 +155,11 @@ def _touched(name: str, layer: AdaptedLinear, grid: Quantizer) -> tuple[dict[str
     after = layer.quantized()
     assert after is not None
     to_dtype(f"{name}.weight_scale", after.scale, after.scale.dtype)
-    old, new = rows_of(before, grid.bits), rows_of(after, grid.bits)
+    old, new = (rows_of(codes, grid.bits, packed=packed) for codes in (before, after))
     rows = rows.to(after.values.device).long()
     if not _equal_elsewhere(before, after, rows):
         raise ExportError(f"{name}: rows that were not trained have other codes than the base: report it; {_OTHERS}")
-    stored = stored_codes(before, grid.bits)
+    stored = stored_codes(before, grid.bits, packed=packed)
     if not len(rows):
         return stored, None
     return stored, LayerPatch(

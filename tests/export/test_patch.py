@@ -17,12 +17,16 @@ from safetensors.torch import load_file
 from tiny_export import INFO, relative_difference, reloaded, section, trained
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from qaft.arch import arch_of
 from qaft.errors import ExportError
 from qaft.export import EXPORTERS, staging
 from qaft.export.patch_file import TENSORS, load_patch
 from qaft.export.patch_folder import STATE, apply_patch, revert_patch
 from qaft.layers.attach import adapted_layers
 from qaft.models.load import LoadedModel
+from qaft.models.online import put_online
+from qaft.quant import TokenQuantizer
+from qaft.quant.compressed_tokens import CompressedTensorsTokens
 from qaft.sections import GridSection, QatSection
 
 SELECTED = ("q_proj", "v_proj", "down_proj")
@@ -31,7 +35,11 @@ GRIDS = {
     "int4, groups, zero points": GridSection(bits=4, group_size=32, symmetric=False),
     "int4, channels": GridSection(bits=4, group_size=None),
     "int8, channels, zero points": GridSection(bits=8, group_size=None, symmetric=False),
+    "int8, groups": GridSection(bits=8, group_size=32),
+    "int8, channels": GridSection(bits=8, group_size=None),
 }
+ON_GRID = {4: "int4", 8: "int8_group"}
+"""Storage of frozen layers on the grid of the trained ones, by its bits."""
 
 
 @dataclass(frozen=True)
@@ -61,16 +69,25 @@ def at_start(loaded: LoadedModel) -> None:
 
 @pytest.fixture(scope="module")
 def shared(checkpoint: Callable[..., Path], tmp_path_factory: Any) -> Callable[..., Shared]:
-    made: dict[tuple[str, str, str, float], Shared] = {}
+    made: dict[tuple[Any, ...], Shared] = {}
 
-    def make(grid: str = "int4, groups", storage: str = "int4", update: str = "rows", size: float = 0.3) -> Shared:
-        key = (grid, storage, update, size)
+    def make(
+        grid: str = "int4, groups",
+        storage: str = "the grid's",
+        update: str = "rows",
+        size: float = 0.3,
+        inputs: TokenQuantizer | None = None,
+    ) -> Shared:
+        key = (grid, storage, update, size, str(inputs))
         if key not in made:
             folder = tmp_path_factory.mktemp("patch")
-            qat = QatSection(weights=GRIDS[grid], rotation="hadamard" if storage == "int4" else "none")
+            qat = QatSection(weights=GRIDS[grid], rotation="none" if storage == "bf16" else "hadamard")
+            held = storage if storage == "bf16" else ON_GRID[GRIDS[grid].bits]
             loaded = trained(
-                checkpoint(), update, qat=qat, storage=storage, select=lambda n: n.endswith(SELECTED), size=size
+                checkpoint(), update, qat=qat, storage=held, select=lambda n: n.endswith(SELECTED), size=size
             )
+            if inputs is not None:
+                put_online(loaded.model, arch_of(loaded.source.config), None, inputs=inputs, cache=None)
             pack = section("compressed-tensors", max_shard_gb=1e-5)
             EXPORTERS["compressed-tensors"](loaded, pack, folder / "full", INFO)
             EXPORTERS["patch"](loaded, section("patch"), folder / "tune", INFO)
@@ -90,11 +107,36 @@ def copied(folder: Path, to: Path) -> Path:
 
 
 @pytest.mark.parametrize("update", ["rows", "sift"])
-@pytest.mark.parametrize(("grid", "storage"), [*((g, "bf16") for g in GRIDS), *((g, "int4") for g in list(GRIDS)[:3])])
+@pytest.mark.parametrize("storage", ["bf16", "the grid's"])
+@pytest.mark.parametrize("grid", GRIDS)
 def test_base_and_patch_are_the_full_export_tensor_by_tensor_and_back(
     shared: Any, tmp_path: Path, grid: str, storage: str, update: str
 ) -> None:
-    made = shared(grid, storage, update)
+    require_there_and_back(shared(grid, storage, update), tmp_path)
+
+
+@pytest.mark.parametrize("storage", ["bf16", "the grid's"])
+@pytest.mark.parametrize(
+    ("grid", "inputs"),
+    [
+        ("int8, channels", TokenQuantizer(bits=8)),
+        ("int8, channels", CompressedTensorsTokens(bits=8)),
+        ("int8, groups", TokenQuantizer(bits=8)),
+        ("int4, channels", TokenQuantizer(bits=8)),
+        ("int4, groups", TokenQuantizer(bits=8)),
+        ("int4, groups", TokenQuantizer(bits=4)),
+    ],
+)
+def test_every_scheme_with_quantized_inputs_is_patched_there_and_back(
+    shared: Any, tmp_path: Path, grid: str, inputs: TokenQuantizer, storage: str
+) -> None:
+    made = shared(grid, storage, "rows", inputs=inputs)
+    parts = {name.rpartition(".")[2] for name in load_file(made.patch / TENSORS)}
+    assert ("weight" in parts) is (grid == "int8, channels") is ("weight_packed" not in parts)
+    require_there_and_back(made, tmp_path)
+
+
+def require_there_and_back(made: Shared, tmp_path: Path) -> None:
     base, before = copied(made.base, tmp_path / "base"), files(made.base)
     apply_patch(load_patch(made.patch), base, None)
     applied, full = files(base), files(made.full)
@@ -193,7 +235,7 @@ def test_patches_of_different_layers_lie_on_one_base_and_come_off_in_any_order(c
 
 
 def test_another_base_is_refused_and_left_alone(shared: Any, tmp_path: Path) -> None:
-    made, other = shared(), shared("int4, groups", "int4", "rows", 0.2)
+    made, other = shared(), shared("int4, groups", "the grid's", "rows", 0.2)
     patched = apply_patch(load_patch(other.patch), made.base, tmp_path / "patched")
     (patched / STATE).unlink()
     before = files(patched)

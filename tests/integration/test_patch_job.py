@@ -14,6 +14,7 @@ from qaft.cli import main
 
 GRIDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "int4": ("int4", "compressed-tensors", {"bits": 4, "group_size": 32}),
+    "W8A8": ("int8_group", "compressed-tensors", {"bits": 8, "group_size": None}),
     "nf4": ("nf4", "bnb", {"kind": "nf4"}),
 }
 
@@ -25,7 +26,7 @@ def rows_job(checkpoint: Path, folder: Path, name: str, grid: str = "int4", **op
         checkpoint,
         folder,
         model={"storage": storage},
-        qat={"weights": weights},
+        qat={"weights": weights, **({"activations": {"bits": 8}} if grid == "W8A8" else {})},
         update={"kind": "roco", "rows": 4},
         select={"targets": ["q_proj", "v_proj"]},
         optim={"lr": 1e-1, **optim},
@@ -45,7 +46,7 @@ def test_one_base_serves_two_runs_in_turn(tiny_llama: Path, tmp_path: Path, grid
     runs = [train(rows_job(tiny_llama, tmp_path, name, grid, lr=lr)) for name, lr in (("a", 1e-1), ("b", 2e-1))]
     write_job(tmp_path / "a.yaml", {**rows_job(tiny_llama, tmp_path, "a", grid), "export": []})
     base = tmp_path / "base"
-    # One fresh process is enough for both grids.
+    # One fresh process is enough for all grids.
     verify = "--verify" if grid == "int4" else "--no-verify"
     assert qaft("patch", "base", tmp_path / "a.yaml", "--out", base, verify) == 0
     original = (base / "model.safetensors").read_bytes()
