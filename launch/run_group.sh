@@ -15,8 +15,18 @@ usage() {
 
 grace=${GRACE:-60}
 signal_code=0
+group=''
+pending=''
 
 to_group() { kill "-$1" -- "-$group" 2>/dev/null; }
+
+# Before the command starts: a signal that comes while it does would end this script and leave the job behind.
+on_signal() {
+  signal_code=$2 pending=$1
+  [[ -z $group ]] || to_group "$1" || true
+}
+trap 'on_signal TERM 143' TERM
+trap 'on_signal INT 130' INT
 
 empty_within() {
   local tenths
@@ -32,8 +42,7 @@ set -m
 "$@" </dev/null &
 group=$!
 set +m
-trap 'signal_code=143; to_group TERM || true' TERM
-trap 'signal_code=130; to_group INT || true' INT
+[[ -z $pending ]] || to_group "$pending" || true
 
 code=0
 wait "$group" 2>/dev/null || code=$?

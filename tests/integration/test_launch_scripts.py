@@ -171,9 +171,13 @@ def test_what_is_missing_or_impossible_is_named(
 
 def group(*command: str, grace: str = "20") -> subprocess.Popen[str]:
     environment = {**os.environ, "GRACE": grace}
-    return subprocess.Popen(
-        [str(LAUNCH / "run_group.sh"), *command], env=environment, stdout=subprocess.PIPE, text=True
-    )
+    script = [str(LAUNCH / "run_group.sh"), *command]
+    # Background jobs of a shell start with SIGINT ignored, and a shell cannot trap what was ignored when it started.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(script, env=environment, stdout=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # A launcher that dies of its signal at once, while its process says what it got and needs a while to end.
@@ -202,6 +206,13 @@ def test_a_signal_reaches_the_whole_group_and_is_waited_for(number: signal.Signa
         process.send_signal(number)
         assert process.stdout.read() == f"got {number.name}\n"
     assert process.returncode == code
+
+
+def test_a_signal_while_the_command_starts_is_not_lost() -> None:
+    for _ in range(10):
+        with group("bash", "-c", "kill -TERM $PPID; while :; do sleep 0.05; done") as process:
+            process.communicate(timeout=LIMIT)
+        assert process.returncode == 143
 
 
 def test_the_exit_code_is_the_launchers() -> None:
