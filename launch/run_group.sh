@@ -21,6 +21,7 @@ pending=''
 to_group() { kill "-$1" -- "-$group" 2>/dev/null; }
 
 # Before the command starts: a signal that comes while it does would end this script and leave the job behind.
+# shellcheck disable=SC2329  # called by the traps
 on_signal() {
   signal_code=$2 pending=$1
   [[ -z $group ]] || to_group "$1" || true
