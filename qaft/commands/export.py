@@ -48,9 +48,10 @@ def check_exported(folder: Path, *, base: Path | None, console: Console) -> None
         ExportError, DifferenceError: see ``check_export_folder``.
     """
     found = check_export_folder(folder, base=base, device=default_device())
-    lines = [f"{folder}: {found.format}, {found.num_files} files as they were exported"]
+    patched = f" and patched ({', '.join(found.patches)})" if found.patches else ""
+    lines = [f"{folder}: {found.format}, {found.num_files} files as they were exported{patched}"]
     if found.deviation is None:
-        lines.append("logits: not compared, the export was written with verify: false")
+        lines.append(f"logits: not compared, {found.uncompared}")
     else:
         lines.append(
             f"logits of a fresh process on {found.deviation.num_tokens} tokens: max relative difference "

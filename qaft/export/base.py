@@ -161,6 +161,7 @@ class Written:
         base: for adapters, the folder of the model that they are loaded on.
         inputs: whose function rounds the inputs of layers as the file says; None: it says nothing of inputs.
         vllm_only: whether transformers would compute something else, without an error.
+        unloadable: why no program can load the folder by itself; empty where one can.
         notes: what the user has to know.
     """
 
@@ -172,6 +173,7 @@ class Written:
     base: Path | None = None
     inputs: InputFunction | None = None
     vllm_only: bool = False
+    unloadable: str = ""
     notes: tuple[str, ...] = ()
 
 

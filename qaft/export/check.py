@@ -1,19 +1,29 @@
-"""Is an exported folder still what was exported? Its files against their digests, a reload against recorded logits."""
+"""Is an exported folder still what was exported? Its files against their digests, a reload against recorded logits.
+
+no patch on it           what the export has recorded
+one patch                its digests of the files that it changed, and what the run of the patch has answered
+several                  the digests alone: no run has computed that function
+the last one taken off   what the export has recorded, again
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from qaft.errors import DifferenceError, ExportError
-from qaft.export.base import Bound
+from qaft.export.base import UNBOUNDED, Bound
 from qaft.export.card import STAMP
 from qaft.export.digests import changes, digests
 from qaft.export.fingerprint import FINGERPRINT, Deviation, Fingerprint
+from qaft.export.patch_state import STATE, PatchState, read_state
+from qaft.export.record import ExportRecord
+from qaft.export.staging import restore_replaced
 from qaft.export.verify import reload_logits
 
 _EDITABLE = ("README.md",)
@@ -26,19 +36,34 @@ class Check:
 
     Attributes:
         format: the export's format.
-        num_files: files whose digests are those of the export.
+        num_files: files whose digests are those of the export, or of the patches on it.
+        patches: names of the patches on it.
         bound: the deviation that is allowed.
-        deviation: of the reload from the trained model; None when the export was written without ``verify``.
+        deviation: of the reload from the trained model; None where nothing is recorded that it could be compared with.
+        uncompared: why nothing is, or empty.
     """
 
     format: str
     num_files: int
+    patches: tuple[str, ...] = ()
     bound: Bound
-    deviation: Deviation | None
+    deviation: Deviation | None = None
+    uncompared: str = ""
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """What a reload has to answer within ``bound``; without ``answers`` the reason why that is not known."""
+
+    bound: Bound
+    answers: Fingerprint | None = None
+    why_not: str = ""
 
 
 def check_export_folder(folder: Path, *, base: Path | None = None, device: torch.device | str = "cpu") -> Check:
     """Return that the folder holds what was exported, and how far a fresh process that loads it is from the run.
+
+    A folder that a killed process has left aside while it put a patch onto it is brought back first.
 
     Args:
         folder: an export.
@@ -50,27 +75,53 @@ def check_export_folder(folder: Path, *, base: Path | None = None, device: torch
         DifferenceError: a file is missing, changed or new, or the reload is farther from the trained model than the
             export's bound.
     """
-    stamp = _stamp(folder)
+    restore_replaced(folder)
+    stamp, state = _stamp(folder), read_state(folder)
     found = digests(folder, without=STAMP)
-    own = {name: digest for name, digest in found.items() if name not in _EDITABLE}
-    recorded = {name: digest for name, digest in stamp["files"].items() if name not in _EDITABLE}
+    own = {name: digest for name, digest in found.items() if name not in (*_EDITABLE, STATE)}
+    recorded = {n: digest for n, digest in {**stamp["files"], **state.files}.items() if n not in _EDITABLE}
     if problems := changes(recorded, own):
         raise DifferenceError(f"{folder}: is not what was exported: {'; '.join(problems)}; export the run again")
-    bound = Bound(**stamp["bound"])
-    if FINGERPRINT not in found:
-        return Check(format=stamp["format"], num_files=len(own), bound=bound, deviation=None)
-    fingerprint = Fingerprint.load(folder / FINGERPRINT)
+    expected = _expected_of_patches(folder, state) if state.patches else _expected_of_export(folder, stamp)
+    check = Check(
+        format=stamp["format"],
+        num_files=len(own),
+        patches=tuple(patch.name for patch in state.patches),
+        bound=expected.bound,
+        uncompared=expected.why_not,
+    )
+    if expected.answers is None:
+        return check
     adapts = stamp["format"] == "peft"
     reloaded = reload_logits(
         folder,
-        fingerprint.ids,
+        expected.answers.ids,
         device=device,
         base=(base or Path(stamp["base_model"])) if adapts else None,
         dtype=getattr(torch, stamp["recipe"]["model"].get("dtype", "bfloat16")) if adapts else None,
     )
-    deviation = fingerprint.compare(reloaded)
-    bound.check(deviation, consequence="the programs that load it have changed; install those of the export")
-    return Check(format=stamp["format"], num_files=len(own), bound=bound, deviation=deviation)
+    deviation = expected.answers.compare(reloaded)
+    expected.bound.check(deviation, consequence="the programs that load it have changed; install those of the export")
+    return replace(check, deviation=deviation)
+
+
+def _expected_of_export(folder: Path, stamp: Mapping[str, Any]) -> _Expected:
+    bound = Bound(**stamp["bound"])
+    if stamp["format"] == "patch":
+        return _Expected(bound, why_not="a patch is loaded on its base: put it there, and check that folder")
+    if not (folder / FINGERPRINT).is_file():
+        return _Expected(bound, why_not="the export was written with verify: false")
+    return _Expected(bound, Fingerprint.load(folder / FINGERPRINT))
+
+
+def _expected_of_patches(folder: Path, state: PatchState) -> _Expected:
+    if len(state.patches) > 1:
+        return _Expected(UNBOUNDED, why_not="several patches are on it, whose runs have not computed it together")
+    (patch,) = state.patches
+    if patch.stamp is None or patch.answers is None:
+        return _Expected(UNBOUNDED, why_not=f"the patch {patch.name} was written with verify: false")
+    bound = ExportRecord.of(patch.stamp, folder / STATE).bound
+    return _Expected(bound, Fingerprint.from_values(patch.answers, folder / STATE))
 
 
 def _stamp(folder: Path) -> dict[str, Any]:

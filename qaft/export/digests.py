@@ -7,13 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 
 
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 (hex) of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def digests(folder: Path, *, without: str = "") -> dict[str, str]:
     """Return relative path -> SHA-256 (hex) of every file below ``folder`` but ``without``."""
     found: dict[str, str] = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path != folder / without:
-            with path.open("rb") as file:
-                found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+            found[path.relative_to(folder).as_posix()] = file_digest(path)
     return found
 
 

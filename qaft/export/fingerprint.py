@@ -11,8 +11,10 @@ Shapes: T = tokens of a prompt, V = vocabulary, K = ``TOP``.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,6 +61,20 @@ class Fingerprint:
         path.write_text(json.dumps(values) + "\n", encoding="utf-8")
 
     @classmethod
+    def from_values(cls, values: Mapping[str, Any], where: Path) -> Fingerprint:
+        """Return the fingerprint in what ``save`` has written, given the file that it was read from for the message.
+
+        Raises:
+            ExportError: something is missing or damaged.
+        """
+        try:
+            integers = [tuple(torch.tensor(v, dtype=torch.int64) for v in values[name]) for name in ("ids", "top")]
+            reals = [tuple(torch.tensor(v, dtype=torch.float64) for v in values[name]) for name in ("logits", "total")]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ExportError(f"{where}: is no record of an exported model ({error}); export the run again") from error
+        return cls(*integers, *reals)
+
+    @classmethod
     def load(cls, path: Path) -> Fingerprint:
         """Read a fingerprint.
 
@@ -67,11 +83,9 @@ class Fingerprint:
         """
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            integers = [tuple(torch.tensor(v, dtype=torch.int64) for v in values[name]) for name in ("ids", "top")]
-            reals = [tuple(torch.tensor(v, dtype=torch.float64) for v in values[name]) for name in ("logits", "total")]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError) as error:
             raise ExportError(f"{path}: is no record of an exported model ({error}); export the run again") from error
-        return cls(*integers, *reals)
+        return cls.from_values(values, path)
 
     def compare(self, answered: PromptLogits) -> Deviation:
         """Return how far another model's logits on the same prompts are from these.

@@ -24,9 +24,10 @@ from torch import Tensor
 from qaft.bases.affine import AffineBase
 from qaft.bases.dense import DenseBase
 from qaft.errors import ExportError
-from qaft.export.base import UNBOUNDED, ExportInfo, ExportReport, Linear, Written
+from qaft.export.base import EXACT, FLIPPING, ExportInfo, ExportReport, Linear, Written
 from qaft.export.checkpoint_writer import to_dtype
 from qaft.export.packed import Packing, plan_packing
+from qaft.export.packed_model import HELD
 from qaft.export.packed_rows import rows_of, stored_base, stored_codes
 from qaft.export.patch_file import LayerPatch, digest, save_patch
 from qaft.export.publish import publish
@@ -61,9 +62,7 @@ def export_patch(loaded: LoadedModel, section: ExportSection, folder: Path, info
     _require_one_format(layers, next(iter(grids.values())))
     on_nf4 = any(isinstance(grid, NF4) for grid in grids.values())
     plan = None if on_nf4 else plan_packing(loaded, layers, force=False)
-    # Nothing of a patch can be loaded alone; that it is the trained model is compared code by code while writing.
-    unloaded = section.model_copy(update={"verify": False})
-    return publish(loaded, unloaded, folder, info, write=partial(_write, loaded, grids, plan))
+    return publish(loaded, section, folder, info, write=partial(_write, loaded, grids, plan))
 
 
 def _grid(name: str, layer: AdaptedLinear) -> Quantizer:
@@ -123,12 +122,17 @@ def _write(loaded: LoadedModel, grids: Mapping[str, Quantizer], plan: Packing | 
         base |= {f"{name}.{leaf}": digest(tensor) for leaf, tensor in stored.items()}
     save_patch(patches, base, folder)
     rows, trained = sum(len(p.rows) for p in patches.values()), len(grids)
+    inputs = None if plan is None else plan.inputs
     return Written(
         dtype=dtype,
-        bound=UNBOUNDED,
+        # Of the base with the patch on it.
+        bound=HELD if plan is None else EXACT if inputs is None else FLIPPING,
+        exported_weight=None if plan is None or plan.is_live(dtype) else partial(plan.weight, dtype),
         basis="original" if loaded.fusion is None else "fused",
         grids=_described(grids, plan),
-        inputs=None if plan is None else plan.inputs,
+        inputs=inputs,
+        unloadable="no program loads rows without their base; put them onto it with `qaft patch apply`, and check that "
+        "folder with `qaft export --check-only`",
         notes=(
             f"{rows} rows of {trained} layers; compared while writing: every other code and scale is that of the base",
             "put it onto the base with `qaft patch apply`, take it off with `qaft patch revert`",

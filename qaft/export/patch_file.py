@@ -2,6 +2,8 @@
 
     patch.safetensors    <layer>.rows [r] int32,  <layer>.old.<part> [r, ...],  <layer>.new.<part> [r, ...]
     patch.json           layout, sizes and bits of each layer, SHA-256 of every tensor of the base
+    qaft_export.json     what every export records of itself
+    qaft_check.json      what the trained model has answered
 
     bytes = sum over layers of  4 r + 2 r (bytes of one row of codes, scales and zero points)
 
@@ -23,7 +25,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qaft.errors import ExportError
+from qaft.export.fingerprint import FINGERPRINT
 from qaft.export.hf_files import write_json
+from qaft.export.record import read_stamp
 from qaft.tensor_file import save_tensors
 
 TENSORS = "patch.safetensors"
@@ -59,12 +63,16 @@ class Patch:
         key: SHA-256 of its tensors.
         layers: module path -> its rows.
         base: tensor name -> SHA-256 of its bytes in the base, for everything that the trained model consists of.
+        stamp: what its export has recorded of itself; None where that file is not there.
+        answers: what the trained model has answered, see ``Fingerprint``; None with ``verify: false``.
     """
 
     name: str
     key: str
     layers: Mapping[str, LayerPatch]
     base: Mapping[str, str]
+    stamp: Mapping[str, Any] | None = None
+    answers: Mapping[str, Any] | None = None
 
 
 def digest(data: Any) -> str:
@@ -113,10 +121,19 @@ def load_patch(folder: Path) -> Patch:
         if about["version"] != VERSION:
             raise ExportError(f"{folder}: a patch of version {about['version']}, this program reads {VERSION}; update")
         layers = {name: _layer(tensors, name, sizes) for name, sizes in about["layers"].items()}
+        asked = folder / FINGERPRINT
+        answers = json.loads(asked.read_text(encoding="utf-8")) if asked.is_file() else None
     except (SafetensorError, ValueError, KeyError) as error:
         raise ExportError(f"{folder}: damaged ({type(error).__name__}: {error}); export the patch again") from error
     key = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Patch(name=folder.resolve().name, key=key, layers=layers, base=about["base"])
+    return Patch(
+        name=folder.resolve().name,
+        key=key,
+        layers=layers,
+        base=about["base"],
+        stamp=read_stamp(folder),
+        answers=answers,
+    )
 
 
 def _layer(tensors: Mapping[str, Tensor], name: str, sizes: Mapping[str, int]) -> LayerPatch:

@@ -2,41 +2,31 @@
 
 The folder that results appears as a whole (see ``staging.py``), also in place: shards without touched rows are linked,
 the others copied and changed, and the new folder is renamed over the old one. A model server that has the old files
-open keeps them. ``qaft_patches.json`` in the folder says which patches are on it; without any it is not there, and
-every file is byte for byte that of the base.
+open keeps them. ``qaft_patches.json`` in the folder says which patches are on it (``patch_state.py``); without any it
+is not there, and every file is byte for byte that of the base.
 """
 
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from qaft.errors import ExportError
-from qaft.export.hf_files import write_json
+from qaft.export.digests import file_digest
 from qaft.export.patch_file import Patch, digest
+from qaft.export.patch_state import AppliedPatch, PatchState, read_state
+from qaft.export.record import ExportRecord, read_stamp
 from qaft.export.row_bytes import holds, put_rows, tensor_bytes
 from qaft.export.staging import restore_replaced, staged
 from qaft.models.shards import locate_tensors
 
-STATE = "qaft_patches.json"
-
 _SHOWN = 3
-
-
-@dataclass(frozen=True)
-class _Applied:
-    """A patch that is on a folder, as its state file says: ``rows`` by layer."""
-
-    name: str
-    key: str
-    rows: Mapping[str, list[int]]
 
 
 def apply_patch(patch: Patch, base: Path, out: Path | None) -> Path:
@@ -48,16 +38,20 @@ def apply_patch(patch: Patch, base: Path, out: Path | None) -> Path:
         out: a new folder; None to change ``base`` itself.
 
     Raises:
-        ExportError: the patch is on the folder already, another one holds rows of it, the base is another one, or
-            ``out`` exists.
+        ExportError: the patch is on the folder already, another one holds rows of it, the base is another one or
+            quantizes inputs otherwise, or ``out`` exists.
         ModelError: the folder is no checkpoint.
     """
     with _opened(base, in_place=out is None) as base:
-        applied = _applied(base)
-        _require_free_rows(patch, applied, base)
-        _require_base(patch, applied, base)
-        entry = _Applied(patch.name, patch.key, {n: p.rows.tolist() for n, p in patch.layers.items()})
-        return _rewritten(base, out, patch, {n: p.new for n, p in patch.layers.items()}, [*applied, entry])
+        state = read_state(base)
+        _require_free_rows(patch, state.patches, base)
+        _require_base(patch, state.patches, base)
+        _require_same_inputs(patch, base)
+        rows = {n: p.rows.tolist() for n, p in patch.layers.items()}
+        stamp = None if patch.stamp is None else {k: v for k, v in patch.stamp.items() if k != "files"}
+        entry = AppliedPatch(patch.name, patch.key, rows, stamp, patch.answers)
+        state = replace(state, patches=(*state.patches, entry))
+        return _rewritten(base, out, patch, {n: p.new for n, p in patch.layers.items()}, state)
 
 
 def revert_patch(patch: Patch, folder: Path, out: Path | None) -> Path:
@@ -73,16 +67,18 @@ def revert_patch(patch: Patch, folder: Path, out: Path | None) -> Path:
         ModelError: the folder is no checkpoint.
     """
     with _opened(folder, in_place=out is None) as folder:
-        applied = _applied(folder)
-        others = [entry for entry in applied if entry.key != patch.key]
-        if len(others) == len(applied):
-            on = ", ".join(entry.name for entry in applied) or "none"
+        state = read_state(folder)
+        others = tuple(entry for entry in state.patches if entry.key != patch.key)
+        if len(others) == len(state.patches):
+            on = ", ".join(entry.name for entry in state.patches) or "none"
             raise ExportError(f"{folder}: the patch {patch.name} is not on it (patches on it: {on}); nothing to revert")
         shards = locate_tensors(folder)
         changed = [n for n, p in patch.layers.items() if not holds(shards, n, p, p.new)]
         if changed:
             raise ExportError(f"{folder}: rows of {_listing(changed)} were changed after {patch.name} was put onto it")
-        return _rewritten(folder, out, patch, {n: p.old for n, p in patch.layers.items()}, others)
+        return _rewritten(
+            folder, out, patch, {n: p.old for n, p in patch.layers.items()}, replace(state, patches=others)
+        )
 
 
 @contextmanager
@@ -107,17 +103,7 @@ def _opened(folder: Path, *, in_place: bool) -> Iterator[Path]:
         os.close(descriptor)
 
 
-def _applied(folder: Path) -> list[_Applied]:
-    path = folder / STATE
-    if not path.is_file():
-        return []
-    try:
-        return [_Applied(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))["patches"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ExportError(f"{path}: not readable ({error!r}); it says which patches are on the folder") from error
-
-
-def _require_free_rows(patch: Patch, applied: list[_Applied], folder: Path) -> None:
+def _require_free_rows(patch: Patch, applied: Sequence[AppliedPatch], folder: Path) -> None:
     for entry in applied:
         if entry.key == patch.key:
             raise ExportError(f"{folder}: the patch {entry.name} is on it already; nothing was changed")
@@ -130,7 +116,7 @@ def _require_free_rows(patch: Patch, applied: list[_Applied], folder: Path) -> N
                 )
 
 
-def _require_base(patch: Patch, applied: list[_Applied], folder: Path) -> None:
+def _require_base(patch: Patch, applied: Sequence[AppliedPatch], folder: Path) -> None:
     """Refuse a folder that is not the base of the patch, but for what other patches have changed."""
     shards = locate_tensors(folder)
     elsewhere = {name for entry in applied for name in entry.rows}
@@ -149,10 +135,28 @@ def _require_base(patch: Patch, applied: list[_Applied], folder: Path) -> None:
         )
 
 
+def _require_same_inputs(patch: Patch, folder: Path) -> None:
+    """Refuse a base with the right weights that rounds inputs otherwise than the run: it is another function."""
+    stamp = read_stamp(folder)
+    if stamp is None or patch.stamp is None:
+        return
+    base, trained = ExportRecord.of(stamp, folder), ExportRecord.of(patch.stamp, Path(patch.name))
+    if (base.input_bits, base.inputs) != (trained.input_bits, trained.inputs):
+        raise ExportError(
+            f"{folder}: not the base of {patch.name}: its layers read {_inputs(base)}, those of the run "
+            f"{_inputs(trained)}; give the base of the run, which `qaft patch base RUN` writes"
+        )
+
+
+def _inputs(record: ExportRecord) -> str:
+    bits = " and ".join(str(width or 16) for width in sorted(record.input_bits, key=lambda width: width or 16))
+    return f"inputs of {bits} bits{f' as {record.inputs} rounds them' if record.inputs else ''}"
+
+
 def _rewritten(
-    folder: Path, out: Path | None, patch: Patch, rows: Mapping[str, Mapping[str, Any]], applied: list[_Applied]
+    folder: Path, out: Path | None, patch: Patch, rows: Mapping[str, Mapping[str, Any]], state: PatchState
 ) -> Path:
-    """Return the folder with these rows and this state."""
+    """Return the folder with these rows, and with the patches of ``state``."""
     shards = locate_tensors(folder)
     touched = {shards[f"{name}.{part}"].resolve() for name, parts in rows.items() for part in parts}
 
@@ -170,12 +174,11 @@ def _rewritten(
         copies = {name: stage / path.relative_to(folder) for name, path in shards.items()}
         for name, layer in patch.layers.items():
             put_rows(copies, name, layer, rows[name])
-        (stage / STATE).unlink(missing_ok=True)
-        if applied:
-            entries = [{"name": a.name, "key": a.key, "rows": dict(a.rows)} for a in applied]
-            write_json(stage / STATE, {"patches": entries})
-        else:
+        if not state.patches:
             _require_untouched(patch, copies)
+        changed = {copies[f"{name}.{part}"] for name, parts in rows.items() for part in parts}
+        files = {path.relative_to(stage).as_posix(): file_digest(path) for path in sorted(changed)}
+        replace(state, files={**state.files, **files}).save(stage)
     return target
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qaft.evaluate.difference import compare_logits
 from qaft.export.activations import activation_notes
 from qaft.export.base import ExportInfo, ExportReport, Written
 from qaft.export.card import STAMP, export_stamp, model_card
@@ -42,17 +43,18 @@ def publish(
         written = replace(written, notes=(*info.notes, *written.notes, *told))
         # A fresh process reads in it whose function rounds the inputs.
         write_json(stage / STAMP, export_stamp(section.format, written, info, None, None))
-        lacking = missing_memory(loaded) if section.verify else ""
-        verification = verify_export(loaded, stage, written) if section.verify and not lacking else None
-        difference = None if verification is None else verification.difference
-        rounding = None if verification is None else verification.rounding
-        if verification is not None:
-            written = replace(written, notes=(*written.notes, *verification.notes()))
-            Fingerprint.of(verification.reference).save(stage / FINGERPRINT)
-        elif lacking:
-            Fingerprint.of(expected_logits(loaded, written)[1]).save(stage / FINGERPRINT)
-            note = f"not reloaded: {lacking}; check it where there is room: qaft export --check-only {folder}"
-            written = replace(written, notes=(*written.notes, note))
+        difference = rounding = None
+        if section.verify:
+            if lacking := _why_not_reloaded(loaded, written, folder):
+                trained, reference = expected_logits(loaded, written)
+                rounding = None if reference is trained else compare_logits(trained, reference)
+                notes = (f"not reloaded: {lacking}",)
+            else:
+                found = verify_export(loaded, stage, written)
+                difference, rounding, reference = found.difference, found.rounding, found.reference
+                notes = found.notes()
+            Fingerprint.of(reference).save(stage / FINGERPRINT)
+            written = replace(written, notes=(*written.notes, *notes))
         card = model_card(folder.name, section.format, written, info, difference, rounding)
         (stage / "README.md").write_text(card, encoding="utf-8")
         stamp = export_stamp(section.format, written, info, difference, rounding)
@@ -61,3 +63,11 @@ def publish(
     return ExportReport(
         folder=folder, files=tuple(sizes), sizes=sizes, notes=written.notes, difference=difference, rounding=rounding
     )
+
+
+def _why_not_reloaded(loaded: LoadedModel, written: Written, folder: Path) -> str:
+    """Return why a fresh process is not asked now, and how it is asked later; empty where it can be asked."""
+    if written.unloadable:
+        return written.unloadable
+    lacking = missing_memory(loaded)
+    return f"{lacking}; check it where there is room: qaft export --check-only {folder}" if lacking else ""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qaft.errors import ExportError
 from qaft.export.base import Bound, InputFunction
+from qaft.export.patch_state import read_state
 from qaft.models.served import STAMP
 
 
@@ -19,31 +22,65 @@ class ExportRecord:
         format: the key in ``EXPORTERS``.
         bound: how far a reload may be from what was exported.
         inputs: whose function rounds the inputs of layers; None for 16-bit inputs.
+        input_bits: widths of the inputs of layers on a grid, None among them for 16 bits.
         rounded: whether the export rounds the weights of the run, so that the bound is not one to the run itself.
     """
 
     format: str
     bound: Bound
     inputs: InputFunction | None
+    input_bits: frozenset[int | None]
     rounded: bool
 
+    @classmethod
+    def of(cls, stamp: Mapping[str, Any], where: Path) -> ExportRecord:
+        """Return the record in a stamp.
 
-def read_record(folder: Path) -> ExportRecord | None:
-    """Return the record of an exported folder, or None where there is none.
+        Args:
+            stamp: as ``card.export_stamp`` makes it.
+            where: the file that it was read from, for the message.
+
+        Raises:
+            ExportError: it is damaged, or an older version wrote it.
+        """
+        try:
+            return cls(
+                format=stamp["format"],
+                bound=Bound(**stamp["bound"]),
+                inputs=stamp["inputs"],
+                input_bits=frozenset(grid.get("inputs") for grid in stamp["grids"]),
+                rounded=stamp["rounding"] is not None,
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ExportError(f"{where}: is no record of this version ({error}); export the run again") from error
+
+
+def read_stamp(folder: Path) -> Mapping[str, Any] | None:
+    """Return what an exported folder has recorded of itself when it was written, or None where there is no record.
 
     Raises:
-        ExportError: it is damaged, or an older version wrote it.
+        ExportError: it is no JSON object.
     """
     path = folder / STAMP
     if not path.is_file():
         return None
     try:
-        stamp = json.loads(path.read_text(encoding="utf-8"))
-        return ExportRecord(
-            format=stamp["format"],
-            bound=Bound(**stamp["bound"]),
-            inputs=stamp["inputs"],
-            rounded=stamp["rounding"] is not None,
-        )
-    except (ValueError, KeyError, TypeError) as error:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
         raise ExportError(f"{path}: is no record of this version ({error}); export the run again") from error
+
+
+def read_record(folder: Path) -> ExportRecord | None:
+    """Return the record of an exported folder, or None where there is none.
+
+    With a patch on it a folder is what the run of the patch has exported. With several it is what no run has computed,
+    and has no record.
+
+    Raises:
+        ExportError: it is damaged, or an older version wrote it.
+    """
+    patches = read_state(folder).patches
+    if len(patches) > 1:
+        return None
+    stamp = patches[0].stamp if patches else read_stamp(folder)
+    return None if stamp is None else ExportRecord.of(stamp, folder / STAMP)

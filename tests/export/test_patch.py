@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
+from killed import killed_in_rename
 from safetensors.torch import load_file
 from tiny_export import INFO, relative_difference, reloaded, section, trained
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -21,7 +21,8 @@ from qaft.arch import arch_of
 from qaft.errors import ExportError
 from qaft.export import EXPORTERS, staging
 from qaft.export.patch_file import TENSORS, load_patch
-from qaft.export.patch_folder import STATE, apply_patch, revert_patch
+from qaft.export.patch_folder import apply_patch, revert_patch
+from qaft.export.patch_state import STATE
 from qaft.layers.attach import adapted_layers
 from qaft.models.load import LoadedModel
 from qaft.models.online import put_online
@@ -269,19 +270,7 @@ def test_a_kill_between_two_renames_leaves_the_base_or_the_model(
 ) -> None:
     made = shared()
     base, before = copied(made.base, tmp_path / "base"), files(made.base)
-    pid = os.fork()
-    if pid == 0:
-        # The child dies in the rename with this number, as by SIGKILL: no handler runs.
-        renames = iter(range(9))
-        rename = Path.rename
-
-        def killed(path: Path, target: Path) -> Path:
-            return os._exit(9) if next(renames) == call else rename(path, target)
-
-        monkeypatch.setattr(Path, "rename", killed)
-        apply_patch(load_patch(made.patch), base, None)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    killed_in_rename(monkeypatch, call, lambda: apply_patch(load_patch(made.patch), base, None))
     assert base.exists() is (call == 0)
     with pytest.warns(UserWarning, match="brought back|a killed export had left it"):
         with pytest.raises(ExportError, match="not on it"):

@@ -21,7 +21,7 @@ GRIDS: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 def rows_job(checkpoint: Path, folder: Path, name: str, grid: str = "int4", **optim: Any) -> dict[str, Any]:
     storage, packed, weights = GRIDS[grid]
-    exports = [{"format": format, "verify": False} for format in ("patch", packed)]
+    exports = [{"format": format, "verify": format == "patch"} for format in ("patch", packed)]
     return job(
         checkpoint,
         folder,
@@ -42,13 +42,11 @@ def qaft(*arguments: object) -> int:
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-def test_one_base_serves_two_runs_in_turn(tiny_llama: Path, tmp_path: Path, grid: str) -> None:
+def test_one_base_serves_two_runs_in_turn(tiny_llama: Path, tmp_path: Path, grid: str, capsys: Any) -> None:
     runs = [train(rows_job(tiny_llama, tmp_path, name, grid, lr=lr)) for name, lr in (("a", 1e-1), ("b", 2e-1))]
     write_job(tmp_path / "a.yaml", {**rows_job(tiny_llama, tmp_path, "a", grid), "export": []})
     base = tmp_path / "base"
-    # One fresh process is enough for all grids.
-    verify = "--verify" if grid == "int4" else "--no-verify"
-    assert qaft("patch", "base", tmp_path / "a.yaml", "--out", base, verify) == 0
+    assert qaft("patch", "base", tmp_path / "a.yaml", "--out", base) == 0
     original = (base / "model.safetensors").read_bytes()
     seen = [load_file(base / "model.safetensors")]
     for run in runs:
@@ -58,6 +56,9 @@ def test_one_base_serves_two_runs_in_turn(tiny_llama: Path, tmp_path: Path, grid
         assert stored.keys() == full.keys() and all(torch.equal(t, full[n]) for n, t in stored.items())
         assert not any(all(torch.equal(t, other[n]) for n, t in stored.items()) for other in seen)
         seen.append(stored)
+        if len(seen) == 2:
+            assert qaft("export", "--check-only", base) == 0
+            assert "and patched (export-patch)" in capsys.readouterr().out
         assert qaft("patch", "revert", run.folder / "export-patch", "--base", base) == 0
         assert (base / "model.safetensors").read_bytes() == original
 
