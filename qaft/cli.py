@@ -195,7 +195,7 @@ def diff(
     gate: Annotated[float | None, typer.Option(help="largest relative logit difference; above it exit with 5")] = None,
     debug: Debug = False,
 ) -> None:
-    """Compare the logits of two models on the same prompts."""
+    """Compare the logits of two models on the same prompts; exit with 5 when B, an export of the run A, is not A."""
     from qaft.commands.diff import diff_models
 
     diff_models(a, b, prompts=prompts, gate=gate)

@@ -22,11 +22,12 @@ from qaft.export.record import ExportRecord, read_record
 def diff_models(a: str, b: str, *, prompts: Path | None, gate: float | None) -> None:
     """Print the difference of two models' logits on the same prompts, computed in fp32.
 
-    Of a run and an exported folder also the bound that the export had to keep, and whether it holds. Then activations
+    Of a run and an exported folder also the limits that the export had to keep, and whether they hold. Then activations
     are those that the export speaks of: its readers have no quantized KV cache.
 
     Raises:
-        DifferenceError: the largest relative difference is above ``gate``.
+        DifferenceError: ``b`` is an export of the run ``a`` and exceeds a limit of its format, or the largest relative
+            difference is above ``gate``; other pairs of models have no limits to keep.
     """
     console = Console()
     texts = PROMPTS if prompts is None else read_prompts(prompts)
@@ -35,17 +36,32 @@ def diff_models(a: str, b: str, *, prompts: Path | None, gate: float | None) -> 
     ids = prompt_ids(first.tokenizer, texts)
     with evaluation_memory(f"computing logits of {a}", {}), _as_exported(first, record):
         reference = _measure(first, ids, record, None)
+    is_export = first.run is not None and record is not None and record.is_of(first.run.recipe.dump())
     del first
     second = open_model(b)
     with evaluation_memory(f"computing logits of {b}", {}):
         found = _measure(second, ids, record, reference)
     difference = compare_logits(reference.logits, found.logits)
     console.print(difference_table(difference, a=a, b=b))
+    failures = []
     if record is not None:
-        lines = verdicts(record, compare_measured(reference, found))
+        limits = verdicts(record, compare_measured(reference, found))
+        lines = [_heading(record, is_export=is_export), *(f"  {limit}" for limit in limits)]
         console.print("\n".join(lines), highlight=False, soft_wrap=True)
+        broken = [limit.name for limit in limits if not limit.holds]
+        if broken and is_export:
+            failures.append(f"{b} is no more what {a} has exported: above its limits are {', '.join(broken)}")
     if gate is not None and not difference.max_relative <= gate:
-        raise DifferenceError(f"{a} and {b} differ by {difference.max_relative:.3g} relative; the gate is {gate:.3g}")
+        failures.append(f"{a} and {b} differ by {difference.max_relative:.3g} relative; the gate is {gate:.3g}")
+    if failures:
+        raise DifferenceError("; ".join(failures))
+
+
+def _heading(record: ExportRecord, *, is_export: bool) -> str:
+    if record.rounded:
+        return f"bound of {record.format}: to the weights as it rounds them, which are not those of the run"
+    unasked = "" if is_export else " (the folder is no export of this run, so nothing has to hold)"
+    return f"bound of {record.format}: {record.bound.reason}{unasked}"
 
 
 @contextmanager

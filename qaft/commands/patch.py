@@ -47,7 +47,8 @@ def export_base(recipe: Recipe, out: Path, *, force: bool = False, verify: bool 
     with loading_memory({"model.name": recipe.model.name}):
         # An update changes nothing before it is trained: this is the base model on the grid of the run.
         run = build_run(recipe, calibrate=False)
-    info = ExportInfo(recipe=recipe.dump(), base=recipe.model.name, command=shlex.join(["qaft", *sys.argv[1:]]))
+    command = shlex.join(["qaft", *sys.argv[1:]])
+    info = ExportInfo(recipe=recipe.dump(), base=recipe.model.name, command=command, trained=False)
     run.loaded.model.eval()
     with evaluation_memory(f"exporting {out}", {}):
         report = EXPORTERS[section.format](run.loaded, section, out, info)

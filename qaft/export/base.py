@@ -41,6 +41,7 @@ class ExportInfo:
         command: the command line that wrote the export.
         metrics: name -> value, for the model card.
         notes: what was done to the model before it was written, which the user has to know.
+        trained: False for the model of a recipe as it is before training.
     """
 
     recipe: Mapping[str, Any]
@@ -48,6 +49,7 @@ class ExportInfo:
     command: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    trained: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,8 +44,10 @@ def export_stamp(
         "grids": [dict(grid) for grid in written.grids],
         "inputs": written.inputs,
         "recipe": dict(info.recipe),
+        "trained": info.trained,
         "recipe_sha256": recipe_hash(info.recipe),
         "verified": None if difference is None else asdict(difference),
+        "rounded": written.exported_weight is not None,
         "rounding": None if rounding is None else asdict(rounding),
         "notes": list(written.notes),
     }

@@ -77,11 +77,30 @@ def compare_measured(run: Measured, reload: Measured) -> Comparison:
     return Comparison(compare_logits(run.logits, reload.logits), native, code_flips(run.codes, reload.codes))
 
 
-def verdicts(record: ExportRecord, found: Comparison) -> list[str]:
-    """Return a line for every limit of an export's bound: what was measured, and whether it holds."""
+@dataclass(frozen=True)
+class Verdict:
+    """``value`` is what was measured of ``name``, ``limit`` what an export's bound allows."""
+
+    name: str
+    value: float
+    limit: float
+
+    @property
+    def holds(self) -> bool:
+        """Return whether the value is within the limit, which nothing is that is no number."""
+        return self.value <= self.limit
+
+    def __str__(self) -> str:
+        """Return the verdict as a line."""
+        outcome = "holds" if self.holds else "EXCEEDED"
+        return f"{self.name}: {self.value:.2e}, allowed {self.limit:.2e}: {outcome}"
+
+
+def verdicts(record: ExportRecord, found: Comparison) -> list[Verdict]:
+    """Return a verdict for every limit of an export's bound to its run; none where it rounds the weights of the run."""
     if record.rounded:
-        return [f"bound of {record.format}: to the weights as it rounds them, which are not those of the run"]
-    bound, lines = record.bound, [f"bound of {record.format}: {record.bound.reason}"]
+        return []
+    bound = record.bound
     rows = [
         ("max relative logit difference", found.difference.max_relative, bound.max_relative),
         ("KL in 32 bits, nats", found.difference.kl_mean, bound.kl_mean),
@@ -89,7 +108,4 @@ def verdicts(record: ExportRecord, found: Comparison) -> list[str]:
     ]
     if found.native is not None and bound.floor is not None:
         rows.append(("KL in 16 bits, nats", found.native.reload, bound.floor_of(found.native.run)))
-    for name, value, limit in rows:
-        if value is not None and limit is not None:
-            lines.append(f"  {name}: {value:.2e}, allowed {limit:.2e}: {'holds' if value <= limit else 'EXCEEDED'}")
-    return lines
+    return [Verdict(n, value, limit) for n, value, limit in rows if value is not None and limit is not None]

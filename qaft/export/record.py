@@ -24,6 +24,7 @@ class ExportRecord:
         inputs: whose function rounds the inputs of layers; None for 16-bit inputs.
         input_bits: widths of the inputs of layers on a grid, None among them for 16 bits.
         rounded: whether the export rounds the weights of the run, so that the bound is not one to the run itself.
+        recipe: of the run; None for a model as it is before training.
     """
 
     format: str
@@ -31,6 +32,7 @@ class ExportRecord:
     inputs: InputFunction | None
     input_bits: frozenset[int | None]
     rounded: bool
+    recipe: Mapping[str, Any] | None
 
     @classmethod
     def of(cls, stamp: Mapping[str, Any], where: Path) -> ExportRecord:
@@ -49,10 +51,22 @@ class ExportRecord:
                 bound=Bound(**stamp["bound"]),
                 inputs=stamp["inputs"],
                 input_bits=frozenset(grid.get("inputs") for grid in stamp["grids"]),
-                rounded=stamp["rounding"] is not None,
+                rounded=stamp["rounded"],
+                recipe=stamp["recipe"] if stamp["trained"] else None,
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ExportError(f"{where}: is no record of this version ({error}); export the run again") from error
+
+    def is_of(self, recipe: Mapping[str, Any]) -> bool:
+        """Return whether it is an export of the run that this resolved recipe has trained."""
+        return self.recipe is not None and _training(self.recipe) == _training(recipe)
+
+
+def _training(recipe: Mapping[str, Any]) -> Any:
+    """Return what of a recipe decides the trained model, as a stamp holds it: not what is exported or continued."""
+    parts = {name: section for name, section in recipe.items() if name != "export"}
+    train = {key: value for key, value in recipe.get("train", {}).items() if key != "resume"}
+    return json.loads(json.dumps({**parts, "train": train}, default=str))
 
 
 def read_stamp(folder: Path) -> Mapping[str, Any] | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,12 @@ import pytest
 from tiny_checkpoint import write_checkpoint
 from tiny_job import job, train
 
+from qaft.cli import main
 from qaft.commands.diff import diff_models
 from qaft.errors import DifferenceError, ExportError
+from qaft.export.record import read_record
 from qaft.export.transform_config import online_rotation
+from qaft.recipe import load_recipe
 
 QAT: dict[str, Any] = {
     "weights": {"bits": 4, "group_size": 32},
@@ -54,21 +59,75 @@ def test_every_limit_of_the_format_is_printed_and_holds(run_folder: Path, capsys
     assert printed.count(": holds") == 3 and "EXCEEDED" not in printed
 
 
-def test_a_limit_that_is_not_kept_is_named(
-    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.fixture
+def without_r4(run_folder: Path, tmp_path: Path) -> Path:
+    """The export, damaged: its server would not rotate."""
+    other = Path(shutil.copytree(run_folder / "export-compressed-tensors", tmp_path / "other"))
+    change(other / "config.json", lambda config: config["quantization_config"].pop("transform_config"))
+    return other
+
+
+def change(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    values = json.loads(path.read_text())
+    edit(values)
+    path.write_text(json.dumps(values))
+
+
+def test_a_limit_that_an_export_of_the_run_does_not_keep_fails_without_a_gate(
+    run_folder: Path, without_r4: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = tmp_path / "other"
-    other.mkdir()
-    export = run_folder / "export-compressed-tensors"
-    for path in export.iterdir():
-        (other / path.name).write_bytes(path.read_bytes())
-    config = json.loads((other / "config.json").read_text())
-    del config["quantization_config"]["transform_config"]
-    (other / "config.json").write_text(json.dumps(config))
-    with pytest.raises(DifferenceError, match="the gate is 1e-05"):
-        diff_models(str(run_folder), str(other), prompts=None, gate=1e-5)
+    with pytest.raises(SystemExit) as end:
+        main(["diff", str(run_folder), str(without_r4)])
+    assert end.value.code == 5
+    printed = capsys.readouterr()
+    assert printed.out.count("EXCEEDED") >= 2 and "allowed 1.00e-02: EXCEEDED" in printed.out
+    assert "above its limits are KL in 32 bits, nats, codes of inputs that differ" in printed.err
+    with pytest.raises(DifferenceError, match=r"above its limits are .*; .* the gate is 1e-05"):
+        diff_models(str(run_folder), str(without_r4), prompts=None, gate=1e-5)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda stamp: stamp["recipe"]["train"].update(seed=7),
+        lambda stamp: stamp.update(trained=False),
+    ],
+)
+def test_an_export_of_another_run_or_of_the_base_has_no_limits_to_keep(
+    run_folder: Path, without_r4: Path, capsys: pytest.CaptureFixture[str], edit: Callable[[dict[str, Any]], object]
+) -> None:
+    change(without_r4 / "qaft_export.json", edit)
+    diff_models(str(run_folder), str(without_r4), prompts=None, gate=None)
     printed = capsys.readouterr().out
-    assert printed.count("EXCEEDED") >= 2 and "allowed 1.00e-02: EXCEEDED" in printed
+    assert "EXCEEDED" in printed and "the folder is no export of this run, so nothing has to hold" in printed
+    with pytest.raises(DifferenceError, match="the gate is 1e-05"):
+        diff_models(str(run_folder), str(without_r4), prompts=None, gate=1e-5)
+
+
+def test_what_a_run_exports_later_or_goes_on_from_does_not_make_it_another_run(run_folder: Path) -> None:
+    record = read_record(run_folder / "export-compressed-tensors")
+    recipe = load_recipe(run_folder).dump()
+    assert record is not None and record.is_of(recipe)
+    assert record.is_of({**recipe, "export": [], "train": {**recipe["train"], "resume": True}})
+    assert not record.is_of({**recipe, "train": {**recipe["train"], "steps": 3}})
+
+
+def test_an_export_that_rounds_the_weights_of_the_run_says_so_although_it_was_not_verified(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(
+        job(
+            write_checkpoint(tmp_path / "model"),
+            tmp_path,
+            model={"storage": "bf16", "dtype": "bfloat16"},
+            update={"kind": "lowrank", "rank": 2},
+            optim={"lr": 1e-1},
+            train={"steps": 2, "batch_size": 4, "output": str(tmp_path / "run")},
+            export=[{"format": "merged", "verify": False}],
+        )
+    )
+    diff_models(str(tmp_path / "run"), str(tmp_path / "run" / "export-merged"), prompts=None, gate=None)
+    assert "bound of merged: to the weights as it rounds them" in capsys.readouterr().out
 
 
 def test_a_damaged_record_is_an_error(run_folder: Path, tmp_path: Path) -> None:

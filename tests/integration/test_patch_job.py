@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from tiny_job import job, train, write_job
 
 from qaft.cli import main
+from qaft.export.record import read_record
 
 GRIDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "int4": ("int4", "compressed-tensors", {"bits": 4, "group_size": 32}),
@@ -48,6 +49,8 @@ def test_one_base_serves_two_runs_in_turn(tiny_llama: Path, tmp_path: Path, grid
     base = tmp_path / "base"
     assert qaft("patch", "base", tmp_path / "a.yaml", "--out", base) == 0
     original = (base / "model.safetensors").read_bytes()
+    untrained = read_record(base)
+    assert untrained is not None and not any(untrained.is_of(run.recipe.dump()) for run in runs)
     seen = [load_file(base / "model.safetensors")]
     for run in runs:
         assert qaft("patch", "apply", run.folder / "export-patch", "--base", base) == 0
@@ -56,6 +59,8 @@ def test_one_base_serves_two_runs_in_turn(tiny_llama: Path, tmp_path: Path, grid
         assert stored.keys() == full.keys() and all(torch.equal(t, full[n]) for n, t in stored.items())
         assert not any(all(torch.equal(t, other[n]) for n, t in stored.items()) for other in seen)
         seen.append(stored)
+        record = read_record(base)
+        assert record is not None and record.is_of(run.recipe.dump())
         if len(seen) == 2:
             assert qaft("export", "--check-only", base) == 0
             assert "and patched (export-patch)" in capsys.readouterr().out
