@@ -20,7 +20,7 @@ from qaft.models.layerwise import LayerwiseModel
 from qaft.models.measure import Grids, measure_rotations
 from qaft.models.skeleton import block_linears, empty_model
 from qaft.models.source import CheckpointSource, load_tokenizer
-from qaft.quant import NF4, build_quantizer
+from qaft.quant import CODE_BOOKS, build_quantizer
 from qaft.quant.activation import TokenQuantizer
 from qaft.quant.affine import Affine
 from qaft.quant.compressed_tokens import CompressedTensorsTokens
@@ -209,9 +209,8 @@ def _grids(recipe: Recipe, selected: frozenset[str], config: PretrainedConfig) -
     assert recipe.qat is not None
     dtype = getattr(torch, recipe.model.dtype)
     trained = build_quantizer(recipe.qat.weights, scale_dtype=dtype)
-    frozen: nn.Module | None = {"nf4": NF4(), "int8": Affine(bits=8, group_size=None)}.get(
-        recipe.model.storage, frozen_quantizer(recipe.model, recipe.qat)
-    )
+    of_bitsandbytes = {kind: book() for kind, book in CODE_BOOKS.items()} | {"int8": Affine(bits=8, group_size=None)}
+    frozen: nn.Module | None = of_bitsandbytes.get(recipe.model.storage, frozen_quantizer(recipe.model, recipe.qat))
     return Grids(
         weights=lambda name: trained if name in selected else frozen,
         inputs=input_quantizer(recipe.qat),

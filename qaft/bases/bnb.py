@@ -218,8 +218,8 @@ def dequantize_stored(parts: Mapping[str, Tensor]) -> Tensor:
 
     Args:
         parts: ``weight`` and what the checkpoint stores beside it, by the rest of the name: ``absmax``, ``quant_map``,
-            ``quant_state.bitsandbytes__nf4``, ``nested_absmax``, ``nested_quant_map``; for int8 ``SCB`` and
-            ``weight_format``.
+            ``quant_state.bitsandbytes__nf4`` or ``__fp4``, ``nested_absmax``, ``nested_quant_map``; for int8 ``SCB``
+            and ``weight_format``.
 
     Raises:
         ValueError: a part is missing, or the int8 codes are in a layout for one kind of GPU.

@@ -1,7 +1,7 @@
 """Weights as checkpoints of bitsandbytes hold them: trained codes and scales as they are, nothing derived again.
 
     nf4, fp4   weight uint8 [N / 2, 1], the first of two codes in the high half;  weight.absmax [B];  weight.quant_map
-               [16];  weight.quant_state.bitsandbytes__nf4: block size, shape and dtype as JSON;  with double
+               [16];  weight.quant_state.bitsandbytes__nf4 or __fp4: block size, shape and dtype as JSON;  with double
                quantization weight.nested_absmax, weight.nested_quant_map
     int8       weight int8 [O, I];  SCB fp32 [O] = 127 s;  weight_format uint8 [] = 0 (rows);  w = code SCB / 127
 
@@ -27,8 +27,8 @@ from qaft.quant.base import QTensor
 _ROW_MAJOR = 0
 
 
-def four_bit_tensors(quantized: QTensor, *, dtype: torch.dtype, quant_type: str = "nf4") -> dict[str, Tensor]:
-    """Return the stored tensors of indices into a code book of bitsandbytes, by the rest of their names.
+def four_bit_tensors(quantized: QTensor, *, dtype: torch.dtype, quant_type: str) -> dict[str, Tensor]:
+    """Return the stored tensors of codes of a code book of bitsandbytes, by the rest of their names.
 
     Args:
         quantized: what a grid of this code book returned.

@@ -23,8 +23,8 @@ from qaft.models.adapter import LoraFolder, open_adapter
 from qaft.models.adapter_start import require_targets
 from qaft.models.load import linear_names
 from qaft.models.source import config_of
+from qaft.quant import CODE_BOOKS
 from qaft.quant.base import Quantizer
-from qaft.quant.nf4 import NF4
 from qaft.recipe import parse_recipe
 from qaft.sections import ExportSection, ModelSection
 
@@ -64,9 +64,11 @@ class Merge:
         if self.storage not in FORMAT_OF:
             raise RecipeError(f"--storage {self.storage}: must be one of {', '.join(FORMAT_OF)}")
         model = {"name": self.base, "storage": self.storage, "dtype": self.dtype}
-        if self.storage == "nf4":
+        if self.storage in CODE_BOOKS:
             if self.group_size is not None:
-                raise RecipeError(f"--group-size {self.group_size}: nf4 has blocks of its own size; leave it out")
+                raise RecipeError(
+                    f"--group-size {self.group_size}: {self.storage} has blocks of its own size; leave it out"
+                )
             return model
         default = ModelSection.model_fields["group_size"].default
         return {**model, "group_size": default if self.group_size is None else self.group_size}
@@ -121,12 +123,13 @@ def _grid(run: Run, name: str, layer: AdaptedLinear) -> Quantizer:
     from qaft.bases.bnb import FourBitBase
 
     if isinstance(layer.base, FourBitBase):
+        storage = run.recipe.model.storage
         if layer.in_features % layer.base.block_size:
             raise RecipeError(
-                f"--storage nf4: {name} has rows of {layer.in_features} weights, which blocks of "
+                f"--storage {storage}: {name} has rows of {layer.in_features} weights, which blocks of "
                 f"{layer.base.block_size} do not fill; use --storage int4 with a --group-size that divides them"
             )
-        return NF4(group_size=layer.base.block_size)
+        return CODE_BOOKS[storage](group_size=layer.base.block_size)
     assert run.loaded.frozen_quantizer is not None
     return run.loaded.frozen_quantizer
 

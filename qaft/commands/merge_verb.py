@@ -14,7 +14,7 @@ verbs = typer.Typer(rich_markup_mode=None)
 def merge_adapter(
     adapter: Annotated[Path, typer.Argument(help="folder of a LoRA that PEFT has saved")],
     base: Annotated[str, typer.Option(help="folder or id of the 16-bit base model")],
-    storage: Annotated[str, typer.Option(help="packed base: int4 | int8_group | nf4")] = "int4",
+    storage: Annotated[str, typer.Option(help="packed base: int4 | int8_group | nf4 | fp4")] = "int4",
     group_size: Annotated[
         int | None, typer.Option(help="int4, int8_group: weights per scale, -1: per channel; default: 128")
     ] = None,

@@ -15,12 +15,13 @@ from qaft.errors import ModelError, RecipeError
 from qaft.models.adapter import LoraFolder
 from qaft.recipe import parse_recipe
 from qaft.rotation.fuse import Fusion
+from qaft.sections import CODE_BOOK_KINDS
 from qaft.selection.patterns import Patterns
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-FORMAT_OF = {"int4": "compressed-tensors", "int8_group": "compressed-tensors", "nf4": "bnb"}
+FORMAT_OF = {"int4": "compressed-tensors", "int8_group": "compressed-tensors", **dict.fromkeys(CODE_BOOK_KINDS, "bnb")}
 """Packed storage -> the format whose files hold its grid."""
 
 _BITS = {"int4": 4, "int8_group": 8}
@@ -66,7 +67,9 @@ def rescue_sections(
     """
     model = sections["model"]
     storage = model["storage"]
-    grid = {"kind": "nf4"} if storage == "nf4" else {"bits": _BITS[storage], "group_size": model["group_size"]}
+    grid = (
+        {"kind": storage} if storage in CODE_BOOK_KINDS else {"bits": _BITS[storage], "group_size": model["group_size"]}
+    )
     return {
         **sections,
         "qat": {"weights": grid, "rotation": _rotation(adapter, config)},

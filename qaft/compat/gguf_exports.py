@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qaft.compat.rule import Rule
+from qaft.sections import CODE_BOOK_KINDS
 
 if TYPE_CHECKING:
     from qaft.recipe import Recipe
@@ -27,7 +28,7 @@ def _has_odd_groups(recipe: Recipe) -> bool:
 GGUF_EXPORTS: tuple[Rule, ...] = (
     Rule(
         "grid without a type x gguf export",
-        lambda r: _writes(r, "nf4", "nvfp4"),
+        lambda r: _writes(r, *CODE_BOOK_KINDS, "nvfp4"),
         "the types of GGUF that are written are Q4_0, Q8_0 and MXFP4",
         "set qat.weights.kind to q4_0, q8_0, mxfp4 or int, or export `merged`",
     ),

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 from qaft.compat.exports import EXPORTABLE_BITS, GRID_BITS, PACKED_BNB, exports
 from qaft.compat.rule import Rule
+from qaft.sections import CODE_BOOK_KINDS
 
 if TYPE_CHECKING:
     from qaft.recipe import Recipe
 
-FORCED_STORAGES = {"bnb": ("nf4", "int8"), "gptq": ("int4", "int8_group")}
+FORCED_STORAGES = {"bnb": (*CODE_BOOK_KINDS, "int8"), "gptq": ("int4", "int8_group")}
 """Storages whose grid the format has: an adapter can be put onto them by force."""
 
 
@@ -20,8 +21,8 @@ def _has_no_grid(recipe: Recipe, format: str) -> bool:
     return recipe.qat is None and any(e.format == format and not (e.force and forced) for e in recipe.export)
 
 
-def _is_nf4(recipe: Recipe) -> bool:
-    return recipe.qat is not None and recipe.qat.weights.kind == "nf4"
+def _is_code_book(recipe: Recipe) -> bool:
+    return recipe.qat is not None and recipe.qat.weights.kind in CODE_BOOK_KINDS
 
 
 def _is_int8(recipe: Recipe) -> bool:
@@ -33,9 +34,9 @@ def _is_int8(recipe: Recipe) -> bool:
 
 def _has_other_width(recipe: Recipe) -> bool:
     storage = recipe.model.storage
-    if _is_nf4(recipe):
+    if _is_code_book(recipe):
         return storage in ("int8", *GRID_BITS)
-    return _is_int8(recipe) and storage in ("nf4", "fp4", "int4")
+    return _is_int8(recipe) and storage in (*CODE_BOOK_KINDS, "int4")
 
 
 def _is_on_gptq_grid(recipe: Recipe) -> bool:
@@ -54,19 +55,20 @@ PACKED_EXPORTS: tuple[Rule, ...] = (
         "no qat x bnb export",
         lambda r: _has_no_grid(r, "bnb"),
         "an update that was not trained through a grid of bitsandbytes is rounded away when it is put onto one",
-        "add a qat section with weights {kind: nf4} or {bits: 8, group_size: null}, or export `merged` or `peft`",
+        "add a qat section with weights {kind: nf4}, {kind: fp4} or {bits: 8, group_size: null}, or export `merged` or "
+        "`peft`",
     ),
     Rule(
         "grid that bitsandbytes lacks x bnb export",
-        lambda r: r.qat is not None and not _is_nf4(r) and not _is_int8(r) and exports(r, "bnb"),
+        lambda r: r.qat is not None and not _is_code_book(r) and not _is_int8(r) and exports(r, "bnb"),
         "bitsandbytes has the code books nf4 and fp4, and int8 with one positive scale per output channel",
-        "set qat.weights to {kind: nf4} or {bits: 8, group_size: null}, or export `compressed-tensors`",
+        "set qat.weights to {kind: nf4}, {kind: fp4} or {bits: 8, group_size: null}, or export `compressed-tensors`",
     ),
     Rule(
         "frozen layers of another width x bnb export",
         lambda r: _has_other_width(r) and exports(r, "bnb"),
         "transformers loads a checkpoint of bitsandbytes in 4 or in 8 bits, and here frozen and trained layers differ",
-        "set model.storage to nf4, fp4 or bf16 for nf4 grids, and to int8, int8_group or bf16 for int8 grids",
+        "set model.storage to nf4, fp4 or bf16 for nf4 and fp4 grids, and to int8, int8_group or bf16 for int8 grids",
     ),
     Rule(
         "no qat x gptq export",

@@ -1,14 +1,16 @@
 """``bnb``: NF4, FP4 and int8 weights as bitsandbytes stores them, for transformers and vLLM without an argument.
 
-    trained through nf4                    indices and block maxima of training      frozen in nf4 or fp4   its bytes
+    trained through nf4 or fp4             codes and block maxima of training        frozen in nf4 or fp4   its bytes
     trained through int 8, per channel     codes, SCB = 127 s                        frozen in int8         its bytes
 
-transformers loads a checkpoint either in 4 or in 8 bits; NF4 and FP4 layers may stand side by side. Layers that are
-dense in the run stay dense, under ``llm_int8_skip_modules``. Source of the layout: ``bases/bnb_layout.py``.
+transformers loads a checkpoint either in 4 or in 8 bits. NF4 and FP4 layers may stand side by side: the config names
+one of them (here that of most layers), but each packed weight names its own, and that is the one that is read. Layers
+that are dense in the run stay dense, under ``llm_int8_skip_modules``. Source of the layout: ``bases/bnb_layout.py``.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -26,10 +28,11 @@ from qaft.export.survival import latent
 from qaft.export.tensors import linear_layers, model_dtype
 from qaft.layers.adapted import AdaptedLinear
 from qaft.layers.inputs import input_of
+from qaft.quant import CODE_BOOKS
 from qaft.quant.activation import TokenQuantizer
 from qaft.quant.affine import Affine
 from qaft.quant.base import QTensor, Quantizer
-from qaft.quant.nf4 import NF4
+from qaft.quant.codebook import CodeBook
 
 if TYPE_CHECKING:
     from qaft.models.load import LoadedModel
@@ -40,7 +43,7 @@ OUTLIER_THRESHOLD = 6.0
 
 _CPU_ROWS = 32
 _WAY_OUT = (
-    "set qat.weights to kind nf4, or to bits 8 with group_size null; model.storage to nf4, fp4, int8 or bf16; "
+    "set qat.weights to kind nf4 or fp4, or to bits 8 with group_size null; model.storage to nf4, fp4, int8 or bf16; "
     "or export `compressed-tensors` or `merged`"
 )
 
@@ -58,7 +61,8 @@ def export_bnb(loaded: LoadedModel, section: ExportSection, folder: Path, info: 
         pack=partial(_pack, dtype),
         config=partial(_config, dtype, threshold),
         notes=partial(_notes, threshold, linear_layers(loaded.model)),
-        empty="set qat.weights.kind to nf4 (or bits 8 per channel) or model.storage to nf4 or int8, or export `merged`",
+        empty="set qat.weights.kind to nf4 or fp4 (or bits 8 per channel) or model.storage to nf4, fp4 or int8, or "
+        "export `merged`",
     )
     return export_packed(loaded, section, folder, info, format)
 
@@ -87,10 +91,10 @@ def _on_grid(name: str, layer: Linear, grid: Quantizer, dtype: torch.dtype, *, r
     from qaft.bases.bnb_layout import four_bit_tensors
 
     again = grid if requantized else None
-    if isinstance(grid, NF4):
+    if isinstance(grid, CodeBook):
         return PackedLayer(
-            grid=_four_bits("nf4", grid.group_size),
-            tensors=lambda: four_bit_tensors(_codes(layer, grid), dtype=dtype),
+            grid=_four_bits(grid.kind, grid.group_size),
+            tensors=lambda: four_bit_tensors(_codes(layer, grid), dtype=dtype, quant_type=grid.kind),
             weight=(lambda: _codes(layer, grid).dequantize(dtype).float()) if requantized else None,
             requantized=again,
         )
@@ -160,14 +164,14 @@ def _grid_of_storage(name: str, layer: AdaptedLinear) -> Quantizer:
     from qaft.bases.bnb import FourBitBase, Int8Base
 
     base = layer.base
-    if isinstance(base, FourBitBase) and base.quant_type == "nf4" and base.nested_absmax is None:
-        return NF4(group_size=base.block_size)
+    if isinstance(base, FourBitBase) and base.quant_type in CODE_BOOKS and base.nested_absmax is None:
+        return CODE_BOOKS[base.quant_type](group_size=base.block_size)
     if isinstance(base, Int8Base):
         return Affine(bits=8, group_size=None, scale_dtype=torch.float32)
     raise ExportError(
         f"{name}: its update was not trained through a grid of bitsandbytes, and its base {type(base).__name__}"
-        f"({base.extra_repr()}) has none that it could be put onto; add a qat section with weights of kind nf4, or "
-        "export `peft` or `merged`"
+        f"({base.extra_repr()}) has none that it could be put onto; add a qat section with weights of kind nf4 or fp4, "
+        "or export `peft` or `merged`"
     )
 
 
@@ -178,16 +182,17 @@ def _config(
     if len(by_bits) > 1:
         raise ExportError(
             f"{by_bits[4]} has 4 bits and {by_bits[8]} has 8, but transformers loads a checkpoint of bitsandbytes in "
-            "one of them; set model.storage to nf4 (for nf4 layers), int8 (for int8 layers) or bf16, or export `merged`"
+            "one of them; set model.storage to nf4 or fp4 (for 4-bit layers), int8 (for int8 layers) or bf16, or "
+            "export `merged`"
         )
-    kinds = [layer.grid["kind"] for layer in packed.values()]
+    kinds = Counter(layer.grid["kind"] for layer in packed.values())
     if 8 in by_bits:
         config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=threshold, llm_int8_skip_modules=dense)
     else:
         config = BitsAndBytesConfig(
             load_in_4bit=True,
             llm_int8_skip_modules=dense,
-            bnb_4bit_quant_type=max(set(kinds), key=kinds.count),
+            bnb_4bit_quant_type=kinds.most_common(1)[0][0],
             bnb_4bit_compute_dtype=dtype,
             bnb_4bit_use_double_quant=False,
         )

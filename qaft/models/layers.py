@@ -17,8 +17,8 @@ from qaft.models.latents import off_grid
 from qaft.quant import Q4_0, Q8_0, build_quantizer
 from qaft.quant.affine import Affine
 from qaft.quant.base import Quantizer
+from qaft.quant.codebook import CodeBook
 from qaft.quant.ggml import GgmlBlocks
-from qaft.quant.nf4 import NF4
 from qaft.sections import GridSection, ModelSection, QatSection
 
 log = logging.getLogger(__name__)
@@ -161,7 +161,7 @@ def _check_widths(key: str, grid: Quantizer, widths: Mapping[str, int]) -> None:
 
 def _exists(grid: Quantizer, size: int) -> bool:
     """Return whether grids of this kind come in groups of ``size``."""
-    if isinstance(grid, NF4):
+    if isinstance(grid, CodeBook):
         # The block sizes of bitsandbytes: powers of two from 32.
         return size >= 32 and size & (size - 1) == 0
     return isinstance(grid, Affine)

@@ -11,10 +11,19 @@ from qaft.sections.base import DTypeName, KindSection, Section
 from qaft.sections.data import ClassificationSection, DataSection, class_name
 from qaft.sections.export import ExportSection
 from qaft.sections.model import ModelSection, SelectSection, Storage, UpdateSection
-from qaft.sections.qat import ActivationSection, GridSection, KVCacheSection, QatSection, RotatedSection, Ste
+from qaft.sections.qat import (
+    CODE_BOOK_KINDS,
+    ActivationSection,
+    GridSection,
+    KVCacheSection,
+    QatSection,
+    RotatedSection,
+    Ste,
+)
 from qaft.sections.train import OptimSection, TrainSection
 
 __all__ = [
+    "CODE_BOOK_KINDS",
     "ActivationSection",
     "ClassificationSection",
     "DTypeName",

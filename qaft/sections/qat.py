@@ -12,16 +12,19 @@ from qaft.sections.base import Section
 Ste = Literal["identity", "clamp", "trust"]
 """Where the straight-through gradient passes: everywhere, within the grid's range, or half a step beyond it too."""
 
-_BLOCK_SIZES = {"nf4": 64, "q4_0": 32, "q8_0": 32, "mxfp4": 32, "nvfp4": 16}
-"""Weights per scale of the grids that come in blocks; only nf4 has other sizes too."""
+CODE_BOOK_KINDS = ("nf4", "fp4")
+"""Kinds of grids, and storages, that are code books of bitsandbytes."""
+
+_BLOCK_SIZES = {**dict.fromkeys(CODE_BOOK_KINDS, 64), "q4_0": 32, "q8_0": 32, "mxfp4": 32, "nvfp4": 16}
+"""Weights per scale of the grids that come in blocks; only code books have other sizes too."""
 
 
 class GridSection(Section):
     """A weight grid."""
 
-    kind: Literal["int", "nf4", "q4_0", "q8_0", "mxfp4", "nvfp4"] = Field(
+    kind: Literal["int", "nf4", "fp4", "q4_0", "q8_0", "mxfp4", "nvfp4"] = Field(
         default="int",
-        description="int: affine; nf4: code book of bitsandbytes; q4_0, q8_0: GGUF; mxfp4, nvfp4: e2m1 floats",
+        description="int: affine; nf4, fp4: code books of bitsandbytes; q4_0, q8_0: GGUF; mxfp4, nvfp4: e2m1 floats",
     )
     bits: int = Field(default=4, ge=2, le=8, description="bits per weight (int grids)")
     group_size: int | None = Field(
@@ -46,8 +49,9 @@ class GridSection(Section):
     def _group_size_is_possible(self) -> GridSection:
         if self.group_size is not None and self.group_size != -1 and self.group_size < 8:
             raise ValueError(f"group_size={self.group_size} must be null, -1 (per channel) or at least 8")
-        if self.kind in _BLOCK_SIZES and self.kind != "nf4" and self.group_size != _BLOCK_SIZES[self.kind]:
-            raise ValueError(f"group_size={self.group_size} must be {_BLOCK_SIZES[self.kind]} for kind {self.kind}")
+        size = None if self.kind in CODE_BOOK_KINDS else _BLOCK_SIZES.get(self.kind)
+        if size is not None and self.group_size != size:
+            raise ValueError(f"group_size={self.group_size} must be {size} for kind {self.kind}")
         return self
 
     @model_validator(mode="after")

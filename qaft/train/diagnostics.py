@@ -129,9 +129,9 @@ class Diagnostics:
         return LayerState(
             delta_w=float((served - latent).square().sum() / latent.square().sum().clamp(min=1e-30)),
             clip_fraction=float(_is_clipped(latent, served, codes).float().mean()),
-            changed=float((codes.values != before.values).float().mean()),
+            changed=float((_named(codes) != _named(before)).float().mean()),
             expected=float(((latent - base).abs() / _steps(latent, before)).mean()),
-            flip_rate=seen.flips(codes.values, step),
+            flip_rate=seen.flips(_named(codes), step),
             **self._input_errors(name, latent, served),
         )
 
@@ -195,6 +195,11 @@ class _Seen:
         if last is None or steps < 1:
             return None
         return float((codes != last).float().mean()) / steps
+
+
+def _named(codes: QTensor) -> Tensor:
+    """Return the codes, [O, I], or the levels of a code book: two codes may name one level, as FP4's zeros do."""
+    return codes.values if codes.codebook is None else codes.codebook[codes.values.int()]
 
 
 def _steps(like: Tensor, codes: QTensor) -> Tensor:

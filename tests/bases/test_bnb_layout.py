@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qaft.bases.bnb import FourBitBase, Int8Base, dequantize_stored
 from qaft.bases.bnb_layout import four_bit_tensors, frozen_four_bit_tensors, held_by, int8_tensors
-from qaft.quant.nf4 import NF4
+from qaft.quant import CODE_BOOKS
 
 
 @pytest.fixture
@@ -33,9 +33,11 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("block_size", [32, 64, 256])
-def test_trained_codes_are_stored_as_the_library_stores_its_own(weight: Tensor, block_size: int) -> None:
-    codes = NF4(group_size=block_size).quantize(weight)
-    assert_same(four_bit_tensors(codes, dtype=torch.float32), library_tensors(weight, block_size=block_size))
+@pytest.mark.parametrize("kind", CODE_BOOKS)
+def test_trained_codes_are_stored_as_the_library_stores_its_own(weight: Tensor, kind: str, block_size: int) -> None:
+    codes = CODE_BOOKS[kind](group_size=block_size).quantize(weight)
+    ours = four_bit_tensors(codes, dtype=torch.float32, quant_type=kind)
+    assert_same(ours, library_tensors(weight, block_size=block_size, quant_type=kind))
 
 
 @pytest.mark.parametrize("nested", [False, True])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qaft.bases.affine import AffineBase
-from qaft.quant import MXFP4, NF4, NVFP4, Q4_0, Affine, TokenQuantizer
+from qaft.quant import FP4, MXFP4, NF4, NVFP4, Q4_0, Affine, TokenQuantizer
 
 FLOOR_BYTES_4BIT = 0.5 + 2.0
 """Bytes per weight that ``dequantize`` must move for 4 bits and bf16: packed codes read, result written."""
@@ -70,6 +70,7 @@ def fake_quantizers(weight: Tensor, group_size: int) -> Iterator[tuple[str, Call
         "int4 signed_absmax": Affine(group_size=group_size, range="signed_absmax"),
         "int4 rms": Affine(group_size=group_size, range="rms"),
         "int4 mse": Affine(group_size=group_size, range="mse"),
+        "fp4": FP4(),
         "nf4": NF4(),
         "q4_0": Q4_0(),
         "mxfp4": MXFP4(),

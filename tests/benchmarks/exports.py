@@ -55,6 +55,7 @@ CASES: dict[str, dict[str, Any]] = {
         "format": "compressed-tensors",
     },
     "bnb, nf4": {"qat": {"weights": {"kind": "nf4"}}, "storage": "nf4", "format": "bnb"},
+    "bnb, fp4": {"qat": {"weights": {"kind": "fp4"}}, "storage": "fp4", "format": "bnb"},
     "bnb, int8": {"qat": {"weights": {**CHANNEL, "bits": 8}}, "storage": "int8", "format": "bnb"},
     "gguf, q4_0": {"qat": {"weights": {"kind": "q4_0"}}, "storage": "int4", "format": "gguf"},
     "gguf, q8_0": {"qat": {"weights": {"kind": "q8_0"}}, "storage": "int8_group", "format": "gguf"},

@@ -40,7 +40,9 @@ def asked(base: Path, adapter: Path, **options: Any) -> Merge:
     return Merge(**{"adapter": adapter, "base": str(base), "group_size": 32, **options})
 
 
-@pytest.mark.parametrize(("storage", "group_size"), [("int4", 32), ("int4", -1), ("int8_group", 32), ("nf4", None)])
+@pytest.mark.parametrize(
+    ("storage", "group_size"), [("int4", 32), ("int4", -1), ("int8_group", 32), ("nf4", None), ("fp4", None)]
+)
 def test_large_updates_survive_and_small_ones_do_not(tmp_path: Path, storage: str, group_size: int | None) -> None:
     base = write_checkpoint(tmp_path / "base", intermediate_size=128)
     grid = {"storage": storage, "group_size": group_size}
@@ -102,6 +104,7 @@ def test_a_lost_update_is_refused_without_force_and_the_recipe_is_there(base: Pa
     ("storage", "group_size", "grid", "format"),
     [
         ("nf4", None, ("nf4", 4, 64), "bnb"),
+        ("fp4", None, ("fp4", 4, 64), "bnb"),
         ("int8_group", -1, ("int", 8, -1), "compressed-tensors"),
         ("int4", None, ("int", 4, 128), "compressed-tensors"),
     ],
@@ -209,7 +212,7 @@ def test_another_recipe_is_not_overwritten_without_force(base: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"storage": "fp4"}, "must be one of int4, int8_group, nf4"),
+        ({"storage": "int8"}, "must be one of int4, int8_group, nf4, fp4"),
         ({"storage": "nf4"}, "--group-size 32: nf4 has blocks of its own size"),
         ({"dtype": "float64"}, "model.dtype"),
     ],
@@ -220,10 +223,12 @@ def test_impossible_options_are_refused(base: Path, tmp_path: Path, options: dic
         merge_adapter(asked(base, adapter, **options), quiet())
 
 
-def test_rows_that_blocks_of_nf4_do_not_fill_are_refused(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("storage", ["nf4", "fp4"])
+def test_rows_that_blocks_of_a_code_book_do_not_fill_are_refused(base: Path, tmp_path: Path, storage: str) -> None:
     adapter = save_adapter(base, tmp_path / "lora")
-    with pytest.raises(RecipeError, match=r"down_proj has rows of 96 weights, which blocks of 64 do not fill"):
-        merge_adapter(asked(base, adapter, storage="nf4", group_size=None), quiet())
+    message = rf"--storage {storage}: \S*down_proj has rows of 96 weights, which blocks of 64 do not fill"
+    with pytest.raises(RecipeError, match=message):
+        merge_adapter(asked(base, adapter, storage=storage, group_size=None), quiet())
 
 
 def test_a_taken_folder_is_refused_before_anything_is_loaded(

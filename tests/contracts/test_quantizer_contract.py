@@ -11,7 +11,7 @@ from reference.affine_grid import linear_gradient, quantize_group
 from torch import Tensor, nn
 
 import qaft.quant.base as quant_base
-from qaft.quant import MXFP4, NF4, NVFP4, Q4_0, Q8_0, QUANTIZERS, Affine, QTensor, Quantizer
+from qaft.quant import CODE_BOOKS, FP4, MXFP4, NF4, NVFP4, Q4_0, Q8_0, QUANTIZERS, Affine, CodeBook, QTensor, Quantizer
 
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -40,8 +40,8 @@ CLIPPED = [
     if (ste == "clamp") == (scale_dtype is torch.bfloat16)
 ]
 BLOCKS = [kind(ste=ste) for kind in (Q4_0, Q8_0, MXFP4, NVFP4) for ste in ("identity", "clamp", "trust")]
-CODE_BOOKS = [NF4(), NF4(group_size=128)]
-GRIDS: list[Quantizer] = [*AFFINE, *CLIPPED, *BLOCKS, *CODE_BOOKS]
+BOOKS = [book(group_size=size) for book in CODE_BOOKS.values() for size in (64, 128)]
+GRIDS: list[Quantizer] = [*AFFINE, *CLIPPED, *BLOCKS, *BOOKS]
 DITHERED = [grid for grid in GRIDS if grid.can_dither]
 
 HALF_STEP = {Affine: 0.5, Q4_0: 0.5, Q8_0: 0.5, MXFP4: 1.0, NVFP4: 1.0}
@@ -97,7 +97,7 @@ def outermost(grid: Quantizer, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def passing(grid: Quantizer, weight: Tensor) -> Tensor:
     """Return where the gradient passes, by the definition of the grid's mask, [O, I] of 0 and 1."""
-    unclipped = isinstance(grid, (NF4, Q8_0)) or (isinstance(grid, Affine) and grid.range.follows_extremes)
+    unclipped = isinstance(grid, (CodeBook, Q8_0)) or (isinstance(grid, Affine) and grid.range.follows_extremes)
     if unclipped or grid.ste == "identity":
         return torch.ones(weight.shape)
     scaled, low, high = outermost(grid, weight)
@@ -144,12 +144,12 @@ def test_q2_the_error_is_at_most_half_a_step(grid: Affine) -> None:
         assert error.max() <= 0.5 + beyond + 2**-16
 
 
-@pytest.mark.parametrize("group_size", [64, 128])
-def test_q2_nf4_chooses_the_nearest_level(group_size: int) -> None:
+@every_grid(BOOKS)
+def test_q2_a_code_book_chooses_the_nearest_level(grid: CodeBook) -> None:
     for weight in weights():
-        quantized = NF4(group_size=group_size).quantize(weight)
-        assert quantized.codebook is not None
-        scale = quantized.scale.repeat_interleave(group_size, dim=1).double()
+        quantized = grid.quantize(weight)
+        assert quantized.codebook is not None and grid.group_size is not None
+        scale = quantized.scale.repeat_interleave(grid.group_size, dim=1).double()
         distances = (weight.double().unsqueeze(-1) - quantized.codebook.double() * scale.unsqueeze(-1)).abs()
         chosen = distances.gather(-1, quantized.values.long().unsqueeze(-1)).squeeze(-1)
         assert ((chosen - distances.amin(-1)) <= 1e-6 * scale).all()
@@ -183,7 +183,7 @@ def test_the_forward_pass_keeps_at_most_one_mask_for_backward(grid: Quantizer) -
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@every_grid([Affine(), Affine(symmetric=False, scale_dtype=torch.bfloat16), NF4(), *BLOCKS[::3]])
+@every_grid([Affine(), Affine(symmetric=False, scale_dtype=torch.bfloat16), NF4(), FP4(), *BLOCKS[::3]])
 def test_latents_of_any_dtype_quantize_as_their_fp32_values(grid: Quantizer, dtype: torch.dtype) -> None:
     weight = torch.randn(4, 128).to(dtype).requires_grad_()
     quantized = grid(weight)
@@ -244,7 +244,7 @@ def test_dithered_latents_have_exactly_the_same_codes_and_scales(grid: Quantizer
             assert moved[weight.any(dim=1)].any(dim=1).all()
 
 
-@every_grid([Affine(), Affine(bits=8, symmetric=False), NF4()])
+@every_grid([Affine(), Affine(bits=8, symmetric=False), NF4(), FP4()])
 def test_dither_depends_on_its_generator_alone(grid: Quantizer) -> None:
     quantized = grid.quantize(torch.randn(4, 256))
     first, second, other = (grid.dither(quantized, torch.Generator().manual_seed(seed)) for seed in (7, 7, 8))
@@ -266,7 +266,7 @@ def test_zeros_stay_zeros_and_do_not_become_nan(grid: Quantizer) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@every_grid([*AFFINE[::29], *CLIPPED[::7], *BLOCKS, NF4()])
+@every_grid([*AFFINE[::29], *CLIPPED[::7], *BLOCKS, NF4(), FP4()])
 def test_a_value_that_is_not_finite_is_refused_and_poisons_the_forward_pass(grid: Quantizer, value: float) -> None:
     weight = torch.randn(3, 256)
     weight[1, 5] = value
@@ -275,7 +275,7 @@ def test_a_value_that_is_not_finite_is_refused_and_poisons_the_forward_pass(grid
     assert torch.isnan(grid(weight)[1]).any()
 
 
-SAMPLE = [*AFFINE[::29], *CLIPPED[::7], *BLOCKS[::3], NF4()]
+SAMPLE = [*AFFINE[::29], *CLIPPED[::7], *BLOCKS[::3], NF4(), FP4()]
 
 
 @every_grid(SAMPLE)

@@ -26,7 +26,7 @@ from qaft.sections import GridSection, QatSection
 
 export = EXPORTERS["bnb"]
 
-NF4 = QatSection(weights=GridSection(kind="nf4"))
+NF4, FP4 = (QatSection(weights=GridSection.model_validate({"kind": kind})) for kind in ("nf4", "fp4"))
 INT8 = QatSection(weights=GridSection(bits=8, group_size=None))
 WIDE = 128
 """Widths that are multiples of the block of 64, which the library's kernels for CPUs need."""
@@ -65,12 +65,17 @@ def parts_of(stored: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     return {n.removeprefix("weight.") if n.startswith("weight.") else n: t for n, t in found.items()}
 
 
-@pytest.mark.parametrize("update", ["dense", "lowrank", "both"])
-@pytest.mark.parametrize("group_size", [32, 64])
-def test_the_file_holds_the_trained_nf4_codes_and_the_reader_gets_the_trained_weights(
-    wide: Any, tmp_path: Path, update: str, group_size: int
+@pytest.mark.parametrize(
+    ("kind", "group_size", "update"),
+    [
+        *(("nf4", size, update) for size in (32, 64) for update in ("dense", "lowrank", "both")),
+        *(("fp4", size, "both") for size in (32, 64)),
+    ],
+)
+def test_the_file_holds_the_trained_codes_and_the_reader_gets_the_trained_weights(
+    wide: Any, tmp_path: Path, kind: Any, update: str, group_size: int
 ) -> None:
-    qat = QatSection(weights=GridSection(kind="nf4", group_size=group_size))
+    qat = QatSection(weights=GridSection(kind=kind, group_size=group_size))
     loaded = trained(wide(), update, qat=qat)
     export(loaded, section("bnb"), tmp_path / "out", INFO)
     stored = load_file(tmp_path / "out" / "model.safetensors")
@@ -85,8 +90,9 @@ def test_the_file_holds_the_trained_nf4_codes_and_the_reader_gets_the_trained_we
             torch.stack([packed >> 4, packed & 15], -1).view(codes.values.shape).to(torch.int8), codes.values
         )
         assert torch.equal(state.absmax.view(codes.scale.shape), codes.scale)
-        assert (state.blocksize, state.dtype, state.quant_type) == (group_size, torch.bfloat16, "nf4")
+        assert (state.blocksize, state.dtype, state.quant_type) == (group_size, torch.bfloat16, kind)
         assert torch.equal(held_by(model.get_submodule(name)).dequantize(), layer.weight().detach())
+    assert config_of(tmp_path / "out")["bnb_4bit_quant_type"] == kind
     assert relative_difference(loaded.model, model) <= 1e-5
 
 
@@ -126,13 +132,17 @@ def test_the_codes_of_the_int8_grid_are_those_that_bitsandbytes_chooses(wide: An
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize(("storage", "tied"), [("nf4", True), ("fp4", False), ("bf16", False)])
+@pytest.mark.parametrize(
+    ("qat", "storage", "tied"),
+    [(NF4, "nf4", True), (NF4, "fp4", False), (NF4, "bf16", False), (FP4, "fp4", False), (FP4, "nf4", False)],
+    ids=lambda value: value.weights.kind if isinstance(value, QatSection) else str(value),
+)
 def test_frozen_layers_are_written_from_their_bytes_beside_trained_ones(
-    wide: Any, tmp_path: Path, storage: str, tied: bool, double_quant: bool
+    wide: Any, tmp_path: Path, qat: QatSection, storage: str, tied: bool, double_quant: bool
 ) -> None:
     if double_quant and storage == "bf16":
         pytest.skip("bf16 has no block scales")
-    loaded = trained(wide("qwen2", tied), qat=NF4, storage=storage, select=is_query_or_value, double_quant=double_quant)
+    loaded = trained(wide("qwen2", tied), qat=qat, storage=storage, select=is_query_or_value, double_quant=double_quant)
     export(loaded, section("bnb", max_shard_gb=1e-5), tmp_path / "out", INFO)
     stored: dict[str, Tensor] = {}
     for path in (tmp_path / "out").glob("*.safetensors"):
@@ -147,13 +157,20 @@ def test_frozen_layers_are_written_from_their_bytes_beside_trained_ones(
             assert torch.equal(stored[f"{name}.weight"], layer.packed)  # type: ignore[arg-type]
             assert torch.equal(stored[f"{name}.weight.absmax"], layer.absmax)  # type: ignore[arg-type]
             assert (f"{name}.weight.nested_absmax" in stored) is double_quant
+        if not dense:
+            # Each weight names its own code book, whatever the config names.
+            kind = qat.weights.kind if isinstance(layer, AdaptedLinear) else storage
+            assert f"{name}.weight.quant_state.bitsandbytes__{kind}" in stored
+            assert module.weight.quant_state.quant_type == kind
+    frozen_kind = qat.weights.kind if storage == "bf16" else storage
+    assert config_of(tmp_path / "out")["bnb_4bit_quant_type"] == frozen_kind
     skipped = config_of(tmp_path / "out")["llm_int8_skip_modules"]
     frozen = [n for n, m in linear_layers(loaded.model).items() if not isinstance(m, AdaptedLinear)]
     assert sorted(skipped) == sorted([*(frozen if storage == "bf16" else []), "lm_head"])
     assert relative_difference(loaded.model, model) <= 1e-5
 
 
-@pytest.mark.parametrize(("qat", "storage"), [(NF4, "nf4"), (INT8, "int8")], ids=["nf4", "int8"])
+@pytest.mark.parametrize(("qat", "storage"), [(NF4, "nf4"), (FP4, "fp4"), (INT8, "int8")], ids=["nf4", "fp4", "int8"])
 def test_a_fresh_process_with_plain_transformers_gives_the_trained_logits(
     wide: Any, tmp_path: Path, qat: QatSection, storage: str
 ) -> None:
@@ -161,7 +178,7 @@ def test_a_fresh_process_with_plain_transformers_gives_the_trained_logits(
     report = export(loaded, section("bnb", verify=True), tmp_path / "out", INFO)
     assert report.difference is not None and report.difference.max_relative <= 1e-5
     # The int8 product never rounds weights to 16 bits, which the run does.
-    assert (report.rounding is None) is (storage == "nf4")
+    assert (report.rounding is None) is (storage != "int8")
     assert report.rounding is None or report.rounding.kl_mean < 1e-4
     assert any("compare" in note for note in report.notes)
 
@@ -221,7 +238,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "nothing packed": ({}, "no layer of this run is on a grid.*nf4"),
     "adapter on nf4": ({"storage": "nf4", "size": 0.01}, "14 of 14.*lose more than 30%.*force: true"),
     "adapter on int8": ({"storage": "int8", "size": 0.003}, "14 of 14.*lose more than 30%.*force: true"),
-    "adapter on fp4": ({"storage": "fp4"}, "none that it could be put onto.*`peft` or `merged`"),
+    "adapter on fp4": ({"storage": "fp4", "size": 0.01}, "14 of 14.*lose more than 30%.*force: true"),
 }
 
 
@@ -235,7 +252,7 @@ def test_what_would_not_be_the_trained_model_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("storage", ["nf4", "int8"])
+@pytest.mark.parametrize("storage", ["nf4", "fp4", "int8"])
 def test_an_adapter_is_put_onto_its_packed_base_with_force_and_measured(
     wide: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], storage: str
 ) -> None:

@@ -27,6 +27,7 @@ GRIDS: dict[str, GridSection | None] = {
     "int4-asym-channel": GridSection(bits=4, group_size=None, symmetric=False),
     "int3-sym-channel": GridSection(bits=3, group_size=None),
     "nf4": GridSection(kind="nf4", group_size=32),
+    "fp4": GridSection(kind="fp4", group_size=32),
     "q4_0": GridSection.model_validate({"kind": "q4_0"}),
     "mxfp4": GridSection.model_validate({"kind": "mxfp4"}),
     "nvfp4": GridSection.model_validate({"kind": "nvfp4"}),

@@ -7,7 +7,7 @@ import torch
 
 from qaft.errors import ModelError
 from qaft.models.latents import ON_GRID, grid_distance, off_grid
-from qaft.quant import MXFP4, NF4, NVFP4, Q4_0, Affine
+from qaft.quant import FP4, MXFP4, NF4, NVFP4, Q4_0, Affine
 from qaft.quant.base import Quantizer
 
 GRIDS: dict[str, Quantizer] = {
@@ -16,6 +16,7 @@ GRIDS: dict[str, Quantizer] = {
     "int8 channel": Affine(bits=8, group_size=None, symmetric=True, scale_dtype=torch.bfloat16),
     "int8 g128": Affine(bits=8, group_size=128, symmetric=True, scale_dtype=torch.bfloat16),
     "nf4": NF4(group_size=64),
+    "fp4": FP4(group_size=64),
     "int4 signed": Affine(bits=4, group_size=64, range="signed_absmax", scale_dtype=torch.bfloat16),
     "q4_0": Q4_0(),
     "mxfp4": MXFP4(),
@@ -81,7 +82,8 @@ def test_moved_latents_have_the_same_codes_and_feel_small_updates(
         return float((change * update).sum() / update.square().sum())
 
     if quantizer.bits == 4:
-        assert realised(on_grid) < 0.05
+        # FP4 has three levels within 1/100 of the maximum around zero, between which even small updates move.
+        assert realised(on_grid) < (0.1 if isinstance(quantizer, FP4) else 0.05)
         assert 0.85 < realised(latents) < 1.15
 
 

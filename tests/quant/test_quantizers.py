@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from qaft.quant import NF4, QUANTIZERS, Affine, build_quantizer
-from qaft.sections import GridSection
+from qaft.quant import CODE_BOOKS, QUANTIZERS, Affine, build_quantizer
+from qaft.quant.codebook import CodeBook
+from qaft.sections import CODE_BOOK_KINDS, GridSection
 
 
 def test_an_int_section_gives_an_affine_grid_with_its_options() -> None:
@@ -21,16 +24,19 @@ def test_no_group_size_means_one_scale_per_output_channel(group_size: int | None
     assert grid.quantize(torch.randn(3, 40)).scale.shape == (3, 1)
 
 
-def test_an_nf4_section_gives_blocks_of_64() -> None:
-    grid = build_quantizer(GridSection.model_validate({"kind": "nf4"}), scale_dtype=torch.bfloat16)
-    assert isinstance(grid, NF4)
-    assert grid.group_size == 64
+@pytest.mark.parametrize("kind", CODE_BOOKS)
+def test_a_section_with_a_code_book_gives_blocks_of_64(kind: str) -> None:
+    grid = build_quantizer(GridSection.model_validate({"kind": kind}), scale_dtype=torch.bfloat16)
+    assert isinstance(grid, CodeBook)
+    assert (type(grid), grid.kind, grid.group_size) == (CODE_BOOKS[kind], kind, 64)
+    assert set(CODE_BOOKS) == set(CODE_BOOK_KINDS)
     assert grid.quantize(torch.randn(2, 64)).scale.dtype == torch.float32
 
 
+@pytest.mark.parametrize("kind", CODE_BOOKS)
 @pytest.mark.parametrize("group_size", [None, 48])
-def test_block_sizes_that_bitsandbytes_lacks_are_refused(group_size: int | None) -> None:
-    section = GridSection(kind="nf4", group_size=group_size)
+def test_block_sizes_that_bitsandbytes_lacks_are_refused(group_size: int | None, kind: Any) -> None:
+    section = GridSection(kind=kind, group_size=group_size)
     with pytest.raises(ValueError, match="must be one of 32, 64, 128"):
         build_quantizer(section, scale_dtype=torch.float32)
 

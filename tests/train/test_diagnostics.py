@@ -13,7 +13,7 @@ from qaft.bases.base import LinearSpec
 from qaft.bases.dense import DenseBase
 from qaft.layers.adapted import AdaptedLinear
 from qaft.layers.inputs import LayerInput, put_before
-from qaft.quant import NF4, Affine
+from qaft.quant import FP4, NF4, Affine
 from qaft.quant.activation import TokenQuantizer
 from qaft.quant.base import Quantizer
 from qaft.rotation.hadamard import Hadamard
@@ -51,7 +51,9 @@ def move(layer: AdaptedLinear, change: Tensor) -> None:
         next(iter(layer.update.parameters())).add_(change)
 
 
-@pytest.mark.parametrize("quantizer", [GRID, Affine(bits=3, group_size=None, symmetric=False), NF4(group_size=32)])
+@pytest.mark.parametrize(
+    "quantizer", [GRID, Affine(bits=3, group_size=None, symmetric=False), NF4(group_size=32), FP4(group_size=32)]
+)
 def test_the_error_of_the_weight_is_that_of_its_grid(quantizer: Quantizer, generator: torch.Generator) -> None:
     weight = torch.randn(8, 32, generator=generator)
     state = measured({"a": layer(weight, quantizer)})[0]["a"]
@@ -70,6 +72,18 @@ def test_clipped_weights_are_those_beyond_the_range(generator: torch.Generator) 
     beyond = ((steps > highest + 0.65) | (steps < lowest - 0.65)).float().mean()
     assert measured({"a": layer(weight, clipped)})[0]["a"].clip_fraction == pytest.approx(float(beyond))
     assert beyond > 0.05
+
+
+def test_a_zero_that_gets_the_other_code_of_zero_has_not_changed() -> None:
+    weight = torch.ones(1, 32)
+    weight[0, 1::2] = -1e-4
+    adapted = layer(weight, FP4(group_size=32))
+    move(adapted, (weight < 0) * 2e-4)
+    assert adapted.quantizer is not None
+    before, after = (adapted.quantizer.quantize(w.detach()) for w in (weight, adapted.latent()))
+    assert (before.values != after.values).float().mean() == 0.5
+    state = measured({"a": adapted})[0]["a"]
+    assert state.changed == 0 and state.expected > 0
 
 
 def test_changed_codes_are_those_that_an_update_moved(generator: torch.Generator) -> None:
