@@ -14,9 +14,9 @@ from qaft.commands.memory import evaluation_memory
 from qaft.commands.open import OpenedModel, open_model
 from qaft.errors import DifferenceError
 from qaft.evaluate.difference import PROMPTS, compare_logits, difference_table, logits_of, prompt_ids, read_prompts
-from qaft.export.activations import plain_activations
 from qaft.export.measured import Measured, compare_measured, measure, verdicts
 from qaft.export.record import ExportRecord, read_record
+from qaft.layers.activations import plain_activations
 
 
 def diff_models(a: str, b: str, *, prompts: Path | None, gate: float | None) -> None:

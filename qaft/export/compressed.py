@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from torch import Tensor, nn
 
 from qaft.errors import ExportError
@@ -30,7 +29,7 @@ from qaft.export.packed import Packing, plan_packing
 from qaft.export.packed_rows import stored_codes
 from qaft.export.publish import publish
 from qaft.export.quantization_config import PackedGrid, quantization_config
-from qaft.export.survival import Survival, require_survival, survival_table
+from qaft.export.survival import Survival, require_survival, survival_notes
 from qaft.export.tensors import (
     dense_linears,
     is_tied,
@@ -65,9 +64,7 @@ def export_compressed(loaded: LoadedModel, section: ExportSection, folder: Path,
     _require_servable(layers, section.profile)
     plan = plan_packing(loaded, layers, force=section.force)
     rows = plan.survival()
-    if rows:
-        Console(stderr=True).print(survival_table(rows))
-        require_survival(rows, force=section.force)
+    require_survival(rows, force=section.force)
     return publish(loaded, section, folder, info, write=partial(_write, loaded, section, plan, rows))
 
 
@@ -132,9 +129,7 @@ def _notes(plan: Packing, rows: list[Survival]) -> tuple[str, ...]:
         notes.append(
             "transformers unpacks asymmetric weights while it loads: there the model takes the memory of 16 bits"
         )
-    shares = [row.share for row in rows if row.share is not None]
-    if shares:
-        notes.append(f"put onto the grid untrained: {min(shares):.1%} to {max(shares):.1%} of each update survives")
+    notes.extend(survival_notes(rows))
     for joined in _FUSED:
         by_parent: dict[str, set[PackedGrid | None]] = {}
         parents = {name.rpartition(".")[0] for name in plan.grids if name.rpartition(".")[2] in joined}

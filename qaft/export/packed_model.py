@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from qaft.bases.dense import DenseBase
@@ -25,7 +24,7 @@ from qaft.export.base import EXACT, Bound, ExportInfo, ExportReport, Linear, Wri
 from qaft.export.checkpoint_writer import CheckpointWriter, shard_bytes, to_dtype
 from qaft.export.hf_files import write_hf_files
 from qaft.export.publish import publish
-from qaft.export.survival import Survival, layer_survival, require_survival, survival_table
+from qaft.export.survival import layer_survival, require_survival, survival_notes
 from qaft.export.tensors import (
     dense_linears,
     is_exact,
@@ -113,10 +112,8 @@ def export_packed(
         for name, layer in packed.items()
         if layer.requantized is not None
     ]
-    if rows:
-        Console(stderr=True).print(survival_table(rows))
-        require_survival(rows, force=section.force)
-    plan = _Plan(format, packed, config, (*format.notes(packed), *_survival_note(rows)))
+    require_survival(rows, force=section.force)
+    plan = _Plan(format, packed, config, (*format.notes(packed), *survival_notes(rows)))
     return publish(loaded, section, folder, info, write=partial(_write, loaded, section, plan))
 
 
@@ -171,10 +168,3 @@ def _is_live(loaded: LoadedModel, plan: _Plan, dtype: torch.dtype) -> bool:
 def _exported_weight(plan: _Plan, dtype: torch.dtype, name: str, layer: Linear) -> Tensor:
     packed = plan.packed.get(name)
     return merged_weight(layer, dtype) if packed is None or packed.weight is None else packed.weight()
-
-
-def _survival_note(rows: list[Survival]) -> tuple[str, ...]:
-    shares = [row.share for row in rows if row.share is not None]
-    if not shares:
-        return ()
-    return (f"put onto the grid untrained: {min(shares):.1%} to {max(shares):.1%} of each update survives",)

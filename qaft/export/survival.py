@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
@@ -81,12 +82,22 @@ def survival_table(rows: Sequence[Survival]) -> Table:
     return table
 
 
+def survival_notes(rows: Sequence[Survival]) -> tuple[str, ...]:
+    """Return what a user of an export with requantized layers has to know; nothing where none had an update."""
+    shares = [row.share for row in rows if row.share is not None]
+    if not shares:
+        return ()
+    return (f"put onto the grid untrained: {min(shares):.1%} to {max(shares):.1%} of each update survives",)
+
+
 def require_survival(rows: Sequence[Survival], *, force: bool) -> None:
-    """Refuse to write when a layer loses its update.
+    """Show what survives, where layers are requantized, and refuse to write when one loses its update.
 
     Raises:
         ExportError: a share is below ``SMALLEST_SHARE`` and ``force`` is not set; the message names the worst layers.
     """
+    if rows:
+        Console(stderr=True).print(survival_table(rows))
     lost = sorted((row.share, row.name) for row in rows if row.share is not None and not row.share >= SMALLEST_SHARE)
     if not lost or force:
         return

@@ -22,12 +22,12 @@ import qaft
 from qaft.errors import ExportError
 from qaft.evaluate.difference import Difference, PromptLogits, compare_logits, prompt_ids
 from qaft.evaluate.float32 import float_logits, native_logits
-from qaft.export.activations import plain_activations
 from qaft.export.answer import CODES, INPUTS, NATIVE, PLAIN, PLAIN_CODES, part_of
 from qaft.export.base import EXACT, OTHER_DEVICE, Linear, Written
 from qaft.export.measured import Native
 from qaft.export.sites import code_flips, input_codes, record_inputs
 from qaft.export.tensors import linear_layers, model_dtype, model_parts
+from qaft.layers.activations import plain_activations
 from qaft.layers.attach import replace_module
 from qaft.layers.inputs import input_of, put_before
 

@@ -11,16 +11,12 @@ Source: the regularization term of OrthSR (arXiv 2407.08374), its "bypass" of th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from qaft.layers.inputs import LayerInput
+from qaft.layers.activations import plain_activations
 from qaft.layers.passes import showing
-from qaft.models.attention import AttentionInputs
 from qaft.regularizers.base import Passes, PassTerm
 
 TEACHERS = ("base", "fp")
@@ -53,26 +49,10 @@ class KLToBase(PassTerm):
                 with showing(passes.layers, "base"):
                     taught = passes.again()
             else:
-                with showing(passes.layers, "unquantized_base"), without_grids(passes.model):
+                with showing(passes.layers, "unquantized_base"), plain_activations(passes.model):
                     taught = passes.again()
         return self.weight * passes.over_logits(self._divergence, passes.hidden, taught)
 
     def _divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
         ours, theirs = ((z / self.temperature).log_softmax(-1) for z in (student, teacher))
         return self.temperature**2 * F.kl_div(ours, theirs, reduction="sum", log_target=True)
-
-
-@contextmanager
-def without_grids(model: nn.Module) -> Iterator[None]:
-    """Run the block with activations and the KV cache unquantized; rotations stay."""
-    held: list[tuple[nn.Module, str, nn.Module]] = []
-    for module in model.modules():
-        leaves = {LayerInput: ("quantizer",), AttentionInputs: ("key", "value")}.get(type(module), ())
-        held += [(module, leaf, grid) for leaf in leaves if (grid := getattr(module, leaf)) is not None]
-    for module, leaf, _ in held:
-        setattr(module, leaf, None)
-    try:
-        yield
-    finally:
-        for module, leaf, grid in held:
-            setattr(module, leaf, grid)

@@ -11,7 +11,8 @@ from tiny_export import INFO, prompts, section, trained
 from qaft.arch import arch_of
 from qaft.evaluate.float32 import float_logits
 from qaft.export import EXPORTERS
-from qaft.export.activations import activation_notes, plain_activations
+from qaft.export.activations import activation_notes
+from qaft.layers.activations import plain_activations
 from qaft.models.load import LoadedModel
 from qaft.models.online import put_online
 from qaft.quant import KVQuantizer, RosteKV, TokenQuantizer, VllmKV

@@ -10,7 +10,7 @@ from tiny_job import DIALOGUES, losses, quiet, write_rows
 
 from qaft.commands.train import train_and_export
 from qaft.evaluate.difference import compare_logits, logits_of, prompt_ids
-from qaft.export.activations import plain_activations
+from qaft.layers.activations import plain_activations
 from qaft.recipe import load_recipe
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))

@@ -13,7 +13,7 @@ from qaft.layers.inputs import LayerInput, put_before
 from qaft.layers.passes import showing
 from qaft.models.attention import AttentionInputs
 from qaft.quant.activation import TokenQuantizer
-from qaft.regularizers.kl import KLToBase, without_grids
+from qaft.regularizers.kl import KLToBase, plain_activations
 from qaft.train.loss import CausalLoss
 
 
@@ -72,7 +72,7 @@ def test_the_fp_teacher_takes_the_grids_off_activations_and_cache_and_puts_them_
     model = nn.ModuleDict({"layer": layer, "attention": AttentionInputs(key=grid, value=grid)})
     x, qkv = torch.randn(3, 8), torch.randn(1, 2, 3, 8)
     quantized = layer(x)
-    with pytest.raises(RuntimeError, match="stop"), without_grids(model):
+    with pytest.raises(RuntimeError, match="stop"), plain_activations(model):
         assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
         assert all(torch.equal(y, qkv) for y in model["attention"](qkv, qkv, qkv))
         raise RuntimeError("stop")
