@@ -240,7 +240,7 @@ ROWS = {
         "qat": {"weights": {"bits": 8, "group_size": None}},
         "export": [{"format": "patch"}],
     },
-    "frozen layers in 8 bits x patch of nf4": {
+    "frozen layers in 8 bits x patch of a code book": {
         "model": {"name": "m", "storage": "int8_group"},
         "update": {"kind": "roco", "rows": 4},
         "qat": {"weights": {"kind": "nf4"}},

@@ -16,8 +16,9 @@ from qaft.export import EXPORTERS, ExportInfo, ExportReport
 from qaft.export.patch_file import load_patch
 from qaft.export.patch_folder import apply_patch, revert_patch
 from qaft.recipe import Recipe, parse_recipe
+from qaft.sections import CODE_BOOK_KINDS
 
-_FORMAT_OF = {"int": "compressed-tensors", "nf4": "bnb"}
+_FORMAT_OF = {"int": "compressed-tensors", **dict.fromkeys(CODE_BOOK_KINDS, "bnb")}
 """Kind of grid -> the format of its packed checkpoint."""
 
 

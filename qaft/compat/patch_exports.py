@@ -13,6 +13,7 @@ from qaft.compat.exports import (
     has_zero_points_under_activations,
 )
 from qaft.compat.rule import Rule
+from qaft.sections import CODE_BOOK_KINDS
 
 if TYPE_CHECKING:
     from qaft.recipe import Recipe
@@ -23,9 +24,9 @@ def _touches_few_rows(recipe: Recipe) -> bool:
     return recipe.update.kind == "sift" or (recipe.update.kind == "roco" and not columns)
 
 
-def _patches(recipe: Recipe, kind: str) -> bool:
-    """Return whether rows on a grid of this kind are exported as a patch."""
-    return recipe.qat is not None and recipe.qat.weights.kind == kind and exports(recipe, "patch")
+def _patches(recipe: Recipe, *kinds: str) -> bool:
+    """Return whether rows on a grid of one of these kinds are exported as a patch."""
+    return recipe.qat is not None and recipe.qat.weights.kind in kinds and exports(recipe, "patch")
 
 
 PATCH_EXPORTS: tuple[Rule, ...] = (
@@ -44,9 +45,9 @@ PATCH_EXPORTS: tuple[Rule, ...] = (
     ),
     Rule(
         "grid without packed checkpoint x patch export",
-        lambda r: r.qat is not None and r.qat.weights.kind not in ("int", "nf4") and exports(r, "patch"),
-        "a patch changes rows of a packed base, and those that are read here hold int or nf4 codes",
-        "set qat.weights.kind to int or nf4, or export `merged`",
+        lambda r: r.qat is not None and exports(r, "patch") and not _patches(r, "int", *CODE_BOOK_KINDS),
+        "a patch changes rows of a packed base, and those that are read here hold int, nf4 or fp4 codes",
+        "set qat.weights.kind to int, nf4 or fp4, or export `merged`",
     ),
     Rule(
         "unpackable bit width x patch export",
@@ -58,11 +59,11 @@ PATCH_EXPORTS: tuple[Rule, ...] = (
         "frozen layers of bitsandbytes x patch of integers",
         lambda r: _patches(r, "int") and r.model.storage in PACKED_BNB,
         "no checkpoint holds layers of bitsandbytes beside packed integers, so the patch would have no base",
-        "set model.storage to int4, int8_group or bf16, or qat.weights.kind to nf4 with storage nf4",
+        "set model.storage to int4, int8_group or bf16, or qat.weights.kind to nf4 or fp4 with that storage",
     ),
     Rule(
-        "frozen layers in 8 bits x patch of nf4",
-        lambda r: _patches(r, "nf4") and r.model.storage in ("int8", "int8_group"),
+        "frozen layers in 8 bits x patch of a code book",
+        lambda r: _patches(r, *CODE_BOOK_KINDS) and r.model.storage in ("int8", "int8_group"),
         "transformers loads a checkpoint of bitsandbytes in 4 or in 8 bits, so the patch would have no base",
         "set model.storage to nf4, fp4 or bf16, or qat.weights to {bits: 8} with storage int8_group",
     ),

@@ -2,7 +2,7 @@
 
     compressed-tensors   weight_packed [O, W]      weight_scale [O, G]       weight_zero_point, see below
                          weight [O, I]             weight_scale [O, 1]       int8, where inputs are int8 too (W8A8)
-    bitsandbytes, NF4    weight [O, I / 2]         weight.absmax [O, I / g]  (stored flat)
+    bitsandbytes, 4 bit  weight [O, I / 2]         weight.absmax [O, I / g]  (stored flat)
 
 A row of codes and its scales follow from that row of the weight alone, because groups and blocks end where a row ends.
 Zero points are the exception in storage: a word of compressed-tensors holds those of several rows. Here they are
@@ -26,7 +26,7 @@ ZERO_POINT = "weight_zero_point"
 
 
 def rows_of(codes: QTensor, bits: int, *, packed: bool = True) -> dict[str, Tensor]:
-    """Return part -> tensor with one row per output channel, of an affine grid or the NF4 code book.
+    """Return part -> tensor with one row per output channel, of an affine grid or a code book.
 
     The name of a part is what follows the module path in the checkpoint.
 

@@ -5,7 +5,7 @@
 Scales belong to one row, so rows quantize independently: training rows through the grid is training the model that is
 base and patch. Both states of the rows are written, so that a patch can be taken off again. The base is a checkpoint
 with the packed codes of the untrained model (``qaft patch base``): compressed-tensors for int grids, bitsandbytes for
-nf4.
+nf4 and fp4.
 
 Source: RoCoFT (arXiv 2410.10075) for the updates; the locality of bitsandbytes blocks is QLoRA's (arXiv 2305.14314).
 Shapes: O = out_features, I = in_features, R = touched rows.
@@ -36,7 +36,7 @@ from qaft.export.tensors import linear_layers, model_dtype, model_parts, require
 from qaft.layers.adapted import AdaptedLinear
 from qaft.quant.affine import Affine
 from qaft.quant.base import QTensor, Quantizer
-from qaft.quant.nf4 import NF4
+from qaft.quant.codebook import CodeBook
 
 if TYPE_CHECKING:
     from qaft.models.load import LoadedModel
@@ -46,7 +46,7 @@ _OTHERS = "export `compressed-tensors` or `merged`"
 
 
 def export_patch(loaded: LoadedModel, section: ExportSection, folder: Path, info: ExportInfo) -> ExportReport:
-    """The rows that were trained through an int or nf4 grid, as a small file that `qaft patch` puts onto a shared base.
+    """The rows that were trained through a grid, as a small file that `qaft patch` puts onto a shared packed base.
 
     Raises:
         ExportError: see ``Exporter``; or an update touches every row, or was not trained through a grid whose rows are
@@ -60,8 +60,8 @@ def export_patch(loaded: LoadedModel, section: ExportSection, folder: Path, info
         raise ExportError("patch: the run adapts no layer, so there is nothing to write")
     grids = {name: _grid(name, layer) for name, layer in adapted.items()}
     _require_one_format(layers, next(iter(grids.values())))
-    on_nf4 = any(isinstance(grid, NF4) for grid in grids.values())
-    plan = None if on_nf4 else plan_packing(loaded, layers, force=False)
+    on_book = any(isinstance(grid, CodeBook) for grid in grids.values())
+    plan = None if on_book else plan_packing(loaded, layers, force=False)
     return publish(loaded, section, folder, info, write=partial(_write, loaded, grids, plan))
 
 
@@ -77,7 +77,7 @@ def _grid(name: str, layer: AdaptedLinear) -> Quantizer:
             f"{name}: update {type(layer.update).__name__} changes every row, and a patch holds a few; {_OTHERS}, or "
             "train with update.kind roco and rows, or sift"
         )
-    if not isinstance(grid, (Affine, NF4)):
+    if not isinstance(grid, (Affine, CodeBook)):
         raise ExportError(f"{name}: no packed checkpoint holds the grid {type(grid).__name__}; export `merged`")
     if isinstance(grid, Affine) and grid.bits not in PACKABLE_BITS:
         packable = " and ".join(map(str, PACKABLE_BITS))
@@ -94,7 +94,7 @@ def _require_one_format(layers: Mapping[str, Linear], grid: Quantizer) -> None:
     for name, layer in layers.items():
         if isinstance(layer, (AdaptedLinear, DenseBase)) or isinstance(layer, AffineBase) == isinstance(grid, Affine):
             continue
-        storage = "int4 or int8_group" if isinstance(grid, Affine) else "nf4"
+        storage = "int4 or int8_group" if isinstance(grid, Affine) else "nf4, fp4"
         raise ExportError(
             f"{name}: is stored as {type(layer).__name__}, and no checkpoint holds that beside trained layers on "
             f"{type(grid).__name__}: set model.storage to {storage} or bf16"
@@ -144,8 +144,8 @@ def _described(grids: Mapping[str, Quantizer], plan: Packing | None) -> tuple[Ma
     """Return the grids of the base as plain values."""
     if plan is not None:
         return tuple(grid.describe() for grid in dict.fromkeys(plan.grids.values()))
-    sizes = dict.fromkeys(grid.group_size for grid in grids.values())
-    return tuple({"kind": "nf4", "bits": 4, "group_size": size, "symmetric": True} for size in sizes)
+    books = dict.fromkeys((grid.kind, grid.group_size) for grid in grids.values() if isinstance(grid, CodeBook))
+    return tuple({"kind": kind, "bits": 4, "group_size": size, "symmetric": True} for kind, size in books)
 
 
 @torch.no_grad()

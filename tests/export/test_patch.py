@@ -154,22 +154,17 @@ def test_a_patched_base_loads_as_the_trained_function(shared: Any, tmp_path: Pat
     assert relative_difference(made.loaded.model, reloaded(tmp_path / "out")) <= 1e-5
 
 
-@pytest.fixture(scope="module")
-def nf4_base(checkpoint: Callable[..., Path], tmp_path_factory: Any) -> Path:
-    """What a user has quantized with transformers, without this project."""
-    folder = tmp_path_factory.mktemp("nf4")
-    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint(), quantization_config=how, dtype=torch.bfloat16)
-    model.save_pretrained(folder)
-    return folder
-
-
-def test_rows_trained_through_nf4_lie_on_a_base_that_bitsandbytes_has_quantized(
-    checkpoint: Any, nf4_base: Path, tmp_path: Path
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_rows_trained_through_a_code_book_lie_on_a_base_that_bitsandbytes_has_quantized(
+    checkpoint: Any, tmp_path: Path, kind: str
 ) -> None:
-    base, before = copied(nf4_base, tmp_path / "base"), files(nf4_base)
-    qat = QatSection(weights=GridSection.model_validate({"kind": "nf4"}), rotation="none")
-    loaded = trained(checkpoint(), "rows", qat=qat, storage="nf4", select=lambda n: n.endswith("q_proj"), size=0.3)
+    base = tmp_path / "base"
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=torch.bfloat16)
+    quantized = AutoModelForCausalLM.from_pretrained(checkpoint(), quantization_config=how, dtype=torch.bfloat16)
+    quantized.save_pretrained(base)
+    before = files(base)
+    qat = QatSection(weights=GridSection.model_validate({"kind": kind}), rotation="none")
+    loaded = trained(checkpoint(), "rows", qat=qat, storage=kind, select=lambda n: n.endswith("q_proj"), size=0.3)
     EXPORTERS["patch"](loaded, section("patch"), tmp_path / "tune", INFO)
     apply_patch(load_patch(tmp_path / "tune"), base, None)
     model = AutoModelForCausalLM.from_pretrained(base)

@@ -17,6 +17,7 @@ GRIDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "int4": ("int4", "compressed-tensors", {"bits": 4, "group_size": 32}),
     "W8A8": ("int8_group", "compressed-tensors", {"bits": 8, "group_size": None}),
     "nf4": ("nf4", "bnb", {"kind": "nf4"}),
+    "fp4": ("fp4", "bnb", {"kind": "fp4"}),
 }
 
 
@@ -71,4 +72,4 @@ def test_one_base_serves_two_runs_in_turn(tiny_llama: Path, tmp_path: Path, grid
 def test_a_packed_base_needs_a_grid(tiny_llama: Path, tmp_path: Path, capsys: Any) -> None:
     raw = {**rows_job(tiny_llama, tmp_path, "a"), "qat": None, "export": []}
     assert qaft("patch", "base", write_job(tmp_path / "a.yaml", raw), "--out", tmp_path / "base") == 2
-    assert "a packed base holds layers on int or nf4 grids" in capsys.readouterr().err
+    assert "a packed base holds layers on int or nf4 or fp4 grids" in capsys.readouterr().err
