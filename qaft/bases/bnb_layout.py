@@ -23,6 +23,7 @@ from torch import Tensor
 from qaft.bases.base import FrozenLinear
 from qaft.bases.bnb import FourBitBase, Int8Base
 from qaft.quant.base import QTensor
+from qaft.quant.packing import pack_nibbles
 
 _ROW_MAJOR = 0
 
@@ -35,13 +36,13 @@ def four_bit_tensors(quantized: QTensor, *, dtype: torch.dtype, quant_type: str)
         dtype: the dtype that readers round the weight to.
         quant_type: the code book.
     """
-    codes = quantized.values.flatten().to(torch.uint8)
-    packed = ((codes[::2] << 4) | codes[1::2]).unsqueeze(1)
+    # A row has whole blocks, so no byte crosses two rows.
+    packed = pack_nibbles(quantized.values).view(-1, 1)
     num_rows, width = quantized.values.shape
     state = bnb.QuantState(
         absmax=quantized.scale.flatten(),
         shape=torch.Size((num_rows, width)),
-        code=bnb.get_4bit_type(quant_type, device=codes.device),  # pyright: ignore[reportArgumentType]
+        code=bnb.get_4bit_type(quant_type, device=packed.device),  # pyright: ignore[reportArgumentType]
         blocksize=width // quantized.scale.shape[1],
         quant_type=quant_type,
         dtype=dtype,

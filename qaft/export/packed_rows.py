@@ -19,7 +19,7 @@ from torch import Tensor
 from qaft.bases.base import FrozenLinear
 from qaft.bases.dense import DenseBase
 from qaft.quant.base import QTensor
-from qaft.quant.packing import pack_int32, pack_zero_point
+from qaft.quant.packing import pack_int32, pack_nibbles, pack_zero_point
 
 ZERO_POINT = "weight_zero_point"
 """The part that files pack along the rows."""
@@ -40,12 +40,6 @@ def rows_of(codes: QTensor, bits: int, *, packed: bool = True) -> dict[str, Tens
     values = {"weight_packed": pack_int32(codes.values, bits)} if packed else {"weight": codes.values}
     rows = {**values, "weight_scale": codes.scale}
     return rows if codes.zero_point is None else {**rows, ZERO_POINT: codes.zero_point}
-
-
-def pack_nibbles(indices: Tensor) -> Tensor:
-    """Return code book indices (int8 [O, I] in [0, 15], I even) two to a byte, the first one high, uint8 [O, I / 2]."""
-    pairs = indices.to(torch.uint8).unflatten(1, (-1, 2))
-    return pairs[..., 0] << 4 | pairs[..., 1]
 
 
 def stored_codes(codes: QTensor, bits: int, *, packed: bool = True) -> dict[str, Tensor]:

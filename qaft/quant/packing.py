@@ -5,6 +5,8 @@
 Eight elements of b bits are exactly b bytes, so both directions work on one int64 per eight elements, in the byte order
 of little-endian hosts.
 
+``pack_nibbles`` is the layout of bitsandbytes instead: indices of a code book of 16, two to a byte.
+
 Source: the layout of ``compressed_tensors.compressors.pack_quantized`` (0.20), on whose output the tests rely.
 Shapes: O = out_features, I = in_features, G = groups along I, W = ceil(I * bits / 32).
 """
@@ -84,3 +86,9 @@ def pack_zero_point(zero_point: Tensor, bits: int) -> Tensor:
 def unpack_zero_point(packed: Tensor, bits: int, out_features: int) -> Tensor:
     """Return int8 [out_features, G]: the inverse of ``pack_zero_point``."""
     return unpack_int32(packed.T, bits, out_features).T.contiguous()
+
+
+def pack_nibbles(indices: Tensor) -> Tensor:
+    """Return code book indices (int8 [O, I] in [0, 15], I even) two to a byte, the first one high, uint8 [O, I / 2]."""
+    pairs = indices.to(torch.uint8).unflatten(1, (-1, 2))
+    return pairs[..., 0] << 4 | pairs[..., 1]
