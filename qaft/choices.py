@@ -21,7 +21,7 @@ from qaft.registry import lookup
 from qaft.selection.capture import LayerScores, capture_scores
 from qaft.selection.gradients import largest_gradients
 from qaft.train.loss import CausalLoss
-from qaft.train.objective import model_inputs
+from qaft.train.option_loss import task_loss
 from qaft.updates import UPDATES
 from qaft.updates.entries import EntryChoice
 
@@ -49,7 +49,7 @@ def layer_scores(
     layers = _selected_layers(loaded, selected)
     if not calibrate:
         return {n: LayerScores(torch.zeros(m.out_features), torch.zeros(m.in_features)) for n, m in layers.items()}
-    return capture_scores(layers, _calibration_batches(recipe, loaded, CALIBRATION_BATCHES), _loss_on(loaded))
+    return capture_scores(layers, _calibration_batches(recipe, loaded, CALIBRATION_BATCHES), _loss_on(recipe, loaded))
 
 
 def entry_places(
@@ -78,7 +78,7 @@ def entry_places(
             return
         loaded.model.requires_grad_(False)
         batches = partial(_calibration_batches, recipe, loaded, GRADIENT_BATCHES)
-        chosen.update(largest_gradients(layers, choice, batches, _loss_on(loaded)))
+        chosen.update(largest_gradients(layers, choice, batches, _loss_on(recipe, loaded)))
 
     sharing.value(choose)
     return {name: sharing.tensor(lambda name=name: chosen[name]).cpu() for name in layers}
@@ -105,8 +105,8 @@ def _calibration_batches(recipe: Recipe, loaded: LoadedModel, count: int) -> Ite
     return islice(train_batches(recipe.data, recipe.train, loaded.tokenizer).from_step(0), count)
 
 
-def _loss_on(loaded: LoadedModel) -> Callable[[Any], Tensor]:
+def _loss_on(recipe: Recipe, loaded: LoadedModel) -> Callable[[Any], Tensor]:
     """Return the loss of the model on a batch."""
-    loss = CausalLoss(loaded.model)
+    loss = task_loss(CausalLoss(loaded.model), recipe.data)
     device = next(loaded.model.parameters()).device
-    return lambda batch: loss(**{k: v.to(device) for k, v in model_inputs(batch).items() if v is not None})
+    return lambda batch: loss(**{k: v.to(device) for k, v in batch.loss_inputs().items() if v is not None})

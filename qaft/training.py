@@ -6,9 +6,10 @@ import importlib
 import json
 import platform
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from qaft.build import Run
-from qaft.data import check_isolation
+from qaft.data import OptionsSample, check_isolation, check_options
+from qaft.data.batches import AnySample
 from qaft.data.loaders import eval_batches, train_batches
 from qaft.errors import RecipeError
 from qaft.gradients import SOURCES
@@ -40,6 +42,7 @@ from qaft.train.log import RunLog
 from qaft.train.loss import CausalLoss
 from qaft.train.objective import Objective
 from qaft.train.optimizers import make_optimizer
+from qaft.train.option_loss import TaskLoss, task_loss
 from qaft.train.regularized import RegularizedLoss
 from qaft.train.run import TrainRun
 from qaft.train.schedules import make_scheduler
@@ -72,10 +75,12 @@ def prepare_training(run: Run, *, console: Console | None = None) -> TrainRun:
         warnings.warn(_unreached(sorted(unreached)), stacklevel=2)
     regularizers = _regularizers(run)
     _pull_before_steps(regularizers, optimizer)
-    module = _with_pass_terms(loss, regularizers, run)
+    module = _with_pass_terms(task_loss(loss, recipe.data), regularizers, run)
     engine = _make_engine(run, module, optimizer)
     part = {"rank": engine.rank, "world_size": engine.world_size}
     batches = train_batches(recipe.data, recipe.train, run.loaded.tokenizer, **part)
+    evaluation = eval_batches(recipe.data, recipe.train, run.loaded.tokenizer, **part)
+    _check_options(run, batches.samples, [] if evaluation is None else evaluation.samples)
     if engine.rank == 0:
         save_recipe(recipe, folder)
         (folder / "env.json").write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
@@ -87,13 +92,21 @@ def prepare_training(run: Run, *, console: Console | None = None) -> TrainRun:
         optimizer,
         console,
         batches=batches,
-        eval_batches=eval_batches(recipe.data, recipe.train, run.loaded.tokenizer, **part),
+        eval_batches=evaluation,
         # Under ZeRO 3 a parameter is whole only inside a forward pass.
         diagnostics=Diagnostics(run.layers) if engine.rank == 0 and all(p.numel() for p in params.values()) else None,
         terms=[term for term in regularizers if isinstance(term, PassTerm)],
         reselection=_reselection(run, optimizer),
         objective=Objective([r for r in regularizers if isinstance(r, Penalty)], run.layers, on_step=_step_of(module)),
     )
+
+
+def _check_options(run: Run, *samples: Sequence[AnySample]) -> None:
+    """Guarantee that the model keeps options apart, where some stand beside each other."""
+    if any(isinstance(sample, OptionsSample) and sample.is_tree for sample in chain(*samples)):
+        model = run.loaded.model
+        vocab_size = model.config.get_text_config().vocab_size
+        check_options(model, vocab_size=vocab_size, max_length=run.recipe.data.max_length)
 
 
 def _reselection(run: Run, optimizer: Optimizer) -> Reselection | None:
@@ -228,12 +241,15 @@ def _pull_before_steps(regularizers: list[Regularizer], optimizer: Optimizer) ->
             optimizer.register_step_pre_hook(lambda stepping, *_, rule=rule: rule.before_step(stepping))
 
 
-def _with_pass_terms(loss: CausalLoss, regularizers: list[Regularizer], run: Run) -> CausalLoss | RegularizedLoss:
+def _with_pass_terms(loss: TaskLoss, regularizers: list[Regularizer], run: Run) -> TaskLoss | RegularizedLoss:
     terms = [term for term in regularizers if isinstance(term, PassTerm)]
-    return RegularizedLoss(loss, terms, run.layers) if terms else loss
+    if not terms:
+        return loss
+    assert isinstance(loss, CausalLoss)  # check_compatible refuses other rows with terms that compare passes
+    return RegularizedLoss(loss, terms, run.layers)
 
 
-def _step_of(module: CausalLoss | RegularizedLoss) -> Callable[[int], None]:
+def _step_of(module: TaskLoss | RegularizedLoss) -> Callable[[int], None]:
     """Return what tells the loss which optimizer step it is in."""
     return partial(setattr, module, "step") if isinstance(module, RegularizedLoss) else lambda _: None
 

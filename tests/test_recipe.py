@@ -77,6 +77,8 @@ def test_mistakes_are_named_with_place_value_and_what_is_allowed(raw, fragments)
     assert error.value.exit_code == 2
 
 
+OPTIONS = {"prompt": "{text}", "verbalizers": {"0": " a", "1": " b"}, "loss": "options"}
+
 ROWS = {
     "model.adapter x update other than lowrank": {
         "model": {"name": "m", "adapter": "a"},
@@ -214,6 +216,12 @@ ROWS = {
     "pace fast x data that is no classification set": {
         "regularize": [{"kind": "pace", "variant": "fast"}],
         "data": {"packing": False},
+    },
+    "loss of options x packing": {"data": {"classification": OPTIONS}},
+    "loss of options x train_on all": {"data": {"classification": OPTIONS, "packing": False, "train_on": "all"}},
+    "loss of options x pace or kl": {
+        "data": {"classification": OPTIONS, "packing": False},
+        "regularize": [{"kind": "kl"}],
     },
     "mpc x update without two trained factors": {"regularize": [{"kind": "mpc"}], "update": {"kind": "ssb"}},
     "mpc x ZeRO 3": {"regularize": [{"kind": "mpc"}], "train": {"deepspeed": "zero3"}},

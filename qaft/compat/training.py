@@ -127,6 +127,24 @@ TRAINING: tuple[Rule, ...] = (
         "set variant to lazy_half, which costs no more, or give data.classification",
     ),
     Rule(
+        "loss of options x packing",
+        lambda r: r.data.scores_options and r.data.packing,
+        "the options of a classification row fill the row behind its prompt",
+        "set data.packing to false, or data.classification.loss to answer",
+    ),
+    Rule(
+        "loss of options x train_on all",
+        lambda r: r.data.scores_options and r.data.train_on == "all",
+        "what is trained is the choice between the options, and no token of the prompt carries loss",
+        "set data.train_on to completion, or data.classification.loss to answer",
+    ),
+    Rule(
+        "loss of options x pace or kl",
+        lambda r: r.data.scores_options and bool(_regularizers(r, "pace") or _regularizers(r, "kl")),
+        "they compare what two passes say after each token of an answer, and rows of options have no answer",
+        "set data.classification.loss to answer, or use proximal or mpc",
+    ),
+    Rule(
         "mpc x update without two trained factors",
         lambda r: r.update.kind not in ("lowrank", "linchain") and bool(_regularizers(r, "mpc")),
         "it keeps the factors A and B of a low-rank update near orthonormal",

@@ -9,18 +9,22 @@ An epoch that ends inside a step goes on with the next one, so no sample is drop
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, islice
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from qaft.data.files import Provenance
 from qaft.data.packing import collate, pack, padded_length
-from qaft.data.samples import Sample
+from qaft.data.samples import IGNORE_INDEX, Sample
 from qaft.errors import DataError, RecipeError
+
+if TYPE_CHECKING:
+    from qaft.data.options_batch import OptionsBatch
 
 SEED_MASK = 2**64 - 1
 """numpy seeds are not negative; ours may be."""
@@ -60,6 +64,27 @@ class Batch:
             "use_cache": False,
         }
 
+    def loss_inputs(self) -> dict[str, Tensor | None]:
+        """Return the arguments of ``qaft.train.loss.CausalLoss``."""
+        return {
+            "input_ids": self.input_ids,
+            "labels": self.labels,
+            "position_ids": self.position_ids,
+            "attention_mask": self.attention_mask,
+        }
+
+    def examples(self) -> Tensor:
+        """Return the number of the sample at each position, [B, T] from 0; padding that restarts counts as one."""
+        starts = self.position_ids == 0
+        starts[:, 0] = True
+        return starts.flatten().cumsum(0).view_as(starts) - 1
+
+    def example_targets(self) -> Tensor:
+        """Return the number of positions with loss of each sample, [N] as ``examples`` numbers them."""
+        examples = self.examples()
+        has_target = self.labels[:, 1:] != IGNORE_INDEX
+        return torch.bincount(examples[:, 1:][has_target], minlength=int(examples.max()) + 1)
+
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch with its tensors on ``device``."""
         return replace(
@@ -68,6 +93,42 @@ class Batch:
             labels=self.labels.to(device, non_blocking=True),
             position_ids=self.position_ids.to(device, non_blocking=True),
         )
+
+
+class AnySample(Protocol):
+    """What batches are planned by: a length, and how much it counts in the mean loss."""
+
+    @property
+    def source(self) -> Provenance:
+        """Where the row stands."""
+        ...
+
+    @property
+    def num_targets(self) -> int:
+        """Targets of the sample."""
+        ...
+
+    def __len__(self) -> int:
+        """Return the number of tokens."""
+        ...
+
+
+def make_batch(rows: Sequence[Sequence[Sample]], length: int, pad_id: int, num_targets: int, step: int) -> Batch:
+    """Return rows of samples as a batch of ``length`` columns; the arguments are those of ``collate`` and ``Batch``."""
+    input_ids, labels, position_ids = collate(rows, length, pad_id)
+    return Batch(
+        input_ids=input_ids,
+        labels=labels,
+        position_ids=position_ids,
+        attention_mask=None,
+        num_targets=num_targets,
+        num_tokens=sum(len(sample) for row in rows for sample in row),
+        step=step,
+    )
+
+
+MakeBatch = Callable[[Sequence[Sequence[Any]], int, int, int, int], "Batch | OptionsBatch"]
+"""``make_batch``, or what does the same for another kind of sample."""
 
 
 class TrainBatches:
@@ -84,6 +145,10 @@ class TrainBatches:
         rank: this process.
         world_size: W, processes.
         pad_id: id at padded positions; any, also that of EOS.
+        make: makes a batch of rows of such samples.
+
+    Attributes:
+        samples: as given.
 
     Raises:
         RecipeError: batch_size is no multiple of world_size.
@@ -92,7 +157,7 @@ class TrainBatches:
 
     def __init__(
         self,
-        samples: Sequence[Sample],
+        samples: Sequence[AnySample],
         *,
         max_length: int,
         batch_size: int,
@@ -103,8 +168,9 @@ class TrainBatches:
         rank: int = 0,
         world_size: int = 1,
         pad_id: int = 0,
+        make: MakeBatch = make_batch,
     ) -> None:
-        self._samples = _checked(samples, max_length)
+        self.samples = _checked(samples, max_length)
         self._lengths = [len(sample) for sample in samples]
         self._num_targets = [sample.num_targets for sample in samples]
         self._max_length = max_length
@@ -115,15 +181,16 @@ class TrainBatches:
         self._seed = seed
         self._share = _rank_slice(batch_size, rank, world_size)
         self._pad_id = pad_id
+        self._make = make
 
     def epoch_rows(self, epoch: int) -> list[tuple[int, ...]]:
         """Return the rows of an epoch as sample indices; every sample is in exactly one."""
-        order = np.random.default_rng((self._seed & SEED_MASK, epoch)).permutation(len(self._samples)).tolist()
+        order = np.random.default_rng((self._seed & SEED_MASK, epoch)).permutation(len(self.samples)).tolist()
         if not self._packing:
             return [(index,) for index in order]
         return pack(self._lengths, order, self._max_length)
 
-    def from_step(self, step: int) -> Iterator[Batch]:
+    def from_step(self, step: int) -> Iterator[Batch | OptionsBatch]:
         """Yield the micro-batches from optimizer step ``step`` on; they equal those of a run that was never stopped."""
         rows_per_step = self._batch_size * self._accumulation
         rows = self._rows_from(step * rows_per_step)
@@ -134,14 +201,14 @@ class TrainBatches:
                 micro = step_rows[begin : begin + self._batch_size]
                 # The length is that of all ranks, so that a row has the same shape whatever the world size.
                 length = padded_length(micro, self._lengths, self._max_length)
-                mine = [[self._samples[index] for index in row] for row in micro[self._share]]
-                yield make_batch(mine, length, self._pad_id, num_targets, current)
+                mine = [[self.samples[index] for index in row] for row in micro[self._share]]
+                yield self._make(mine, length, self._pad_id, num_targets, current)
 
     def _rows_from(self, position: int) -> Iterator[tuple[int, ...]]:
         for epoch in count():
             # Without packing the number of rows is known, so that whole epochs are skipped without shuffling them.
-            if not self._packing and position >= len(self._samples):
-                position -= len(self._samples)
+            if not self._packing and position >= len(self.samples):
+                position -= len(self.samples)
                 continue
             rows = self.epoch_rows(epoch)
             yield from rows[position:]
@@ -161,6 +228,10 @@ class EvalBatches:
         rank: this process.
         world_size: processes.
         pad_id: id at padded positions.
+        make: makes a batch of rows of such samples.
+
+    Attributes:
+        samples: as given.
 
     Raises:
         RecipeError: batch_size is no multiple of world_size.
@@ -169,34 +240,36 @@ class EvalBatches:
 
     def __init__(
         self,
-        samples: Sequence[Sample],
+        samples: Sequence[AnySample],
         *,
         max_length: int,
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
         pad_id: int = 0,
+        make: MakeBatch = make_batch,
     ) -> None:
-        self._samples = _checked(samples, max_length)
+        self.samples = _checked(samples, max_length)
         self._max_length = max_length
         self._batch_size = batch_size
         self._share = _rank_slice(batch_size, rank, world_size)
         self._pad_id = pad_id
+        self._make = make
 
     def __len__(self) -> int:
         """Return the number of batches."""
-        return -(-len(self._samples) // self._batch_size)
+        return -(-len(self.samples) // self._batch_size)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch | OptionsBatch]:
         """Yield the batches; ``num_targets`` counts a batch over all ranks, ``step`` its number."""
         for number in range(len(self)):
-            batch = self._samples[number * self._batch_size : (number + 1) * self._batch_size]
+            batch = self.samples[number * self._batch_size : (number + 1) * self._batch_size]
             length = padded_length([(i,) for i in range(len(batch))], [len(s) for s in batch], self._max_length)
             mine = [[sample] for sample in batch[self._share]] or [[]]
-            yield make_batch(mine, length, self._pad_id, sum(sample.num_targets for sample in batch), number)
+            yield self._make(mine, length, self._pad_id, sum(sample.num_targets for sample in batch), number)
 
 
-def _checked(samples: Sequence[Sample], max_length: int) -> Sequence[Sample]:
+def _checked(samples: Sequence[AnySample], max_length: int) -> Sequence[AnySample]:
     if not samples:
         raise DataError("no sample to make batches of; check the data files and data.max_length")
     for sample in samples:
@@ -213,17 +286,3 @@ def _rank_slice(batch_size: int, rank: int, world_size: int) -> slice:
         )
     share = batch_size // world_size
     return slice(rank * share, (rank + 1) * share)
-
-
-def make_batch(rows: Sequence[Sequence[Sample]], length: int, pad_id: int, num_targets: int, step: int) -> Batch:
-    """Return rows of samples as a batch of ``length`` columns; the arguments are those of ``collate`` and ``Batch``."""
-    input_ids, labels, position_ids = collate(rows, length, pad_id)
-    return Batch(
-        input_ids=input_ids,
-        labels=labels,
-        position_ids=position_ids,
-        attention_mask=None,
-        num_targets=num_targets,
-        num_tokens=sum(len(sample) for row in rows for sample in row),
-        step=step,
-    )

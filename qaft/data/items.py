@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from qaft.data.formats import classification_label, parse_classification, rename
 from qaft.data.layouts import Layout, Piece, pieces, prompt_and_answer
 from qaft.data.load import DataSet, Which
 from qaft.errors import RecipeError
-from qaft.sections import DataSection
+from qaft.sections import ClassificationSection, DataSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,21 +60,27 @@ def classification_items(
         RecipeError: data.classification is not set.
         DataError: a row cannot be used; the message names file and line.
     """
-    settings = section.classification
-    if settings is None:
+    if section.classification is None:
         raise RecipeError("data.classification is not set; give prompt, label and verbalizers")
-    data_set = DataSet(section, tokenizer, which)
+    return list(items_of(DataSet(section, tokenizer, which), section.classification, tokenizer))
+
+
+def items_of(
+    data_set: DataSet, settings: ClassificationSection, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[ClassificationItem]:
+    """Yield the rows of an open classification set as prompts with their options.
+
+    Raises:
+        DataError: a row cannot be used; the message names file and line.
+    """
     encoder = TextEncoder(tokenizer)
     classes = list(settings.verbalizers)
-    items = []
-    for row in (rename_fields(row, section.columns) for row in data_set.rows):
+    for row in (rename_fields(row, data_set.section.columns) for row in data_set.rows):
         prompt = parse_classification(row, settings).prompt
         options = [Completion(prompt, text, row.source) for text in settings.verbalizers.values()]
         prompt_ids, option_ids = _options(options, data_set.layout, encoder)
-        items.append(
-            ClassificationItem(prompt_ids, option_ids, classes.index(classification_label(row, settings)), row.source)
-        )
-    return items
+        label = classes.index(classification_label(row, settings))
+        yield ClassificationItem(prompt_ids, option_ids, label, row.source)
 
 
 def generation_items(
@@ -102,7 +108,8 @@ def _options(
 ) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
     written = [pieces(option, layout)[0] for option in options]
     encoded = encoder.encode(written, add_begin=layout.adds_specials)
-    num_prompt = int(encoded[0].trained.argmax())
+    # An option may be no token to this tokenizer, and then none is trained.
+    num_prompt = max(int(item.trained.argmax()) for item in encoded)
     answers = [item.ids[num_prompt:] for item in encoded]
     # A template closes every option with the same tokens, which say nothing about the class.
     cut = [answer[: encoder.end_position(answer)].tolist() for answer in answers]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 import numpy as np
 
@@ -29,8 +29,11 @@ CHUNK_ROWS = 512
 """Rows tokenized together: enough to make a call cheap, few enough that their text takes no memory to speak of."""
 
 
+SampleT = TypeVar("SampleT")
+
+
 @dataclass(frozen=True)
-class LoadedSamples:
+class LoadedSamples(Generic[SampleT]):
     """The samples of one data set, and what was found and changed on the way.
 
     Attributes:
@@ -43,7 +46,7 @@ class LoadedSamples:
         notes: sentences for the user about everything that was decided or changed.
     """
 
-    samples: list[Sample]
+    samples: list[SampleT]
     format: str
     layout: str
     dropped: int
@@ -52,7 +55,7 @@ class LoadedSamples:
     notes: tuple[str, ...]
 
 
-def load_samples(section: DataSection, tokenizer: PreTrainedTokenizerBase, which: Which) -> LoadedSamples:
+def load_samples(section: DataSection, tokenizer: PreTrainedTokenizerBase, which: Which) -> LoadedSamples[Sample]:
     """Return the training or validation data as samples.
 
     Raises:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import islice
 from typing import TYPE_CHECKING
 
-from qaft.data.batches import Batch, EvalBatches, TrainBatches
-from qaft.data.load import load_samples
+from qaft.data.batches import AnySample, EvalBatches, MakeBatch, TrainBatches, make_batch
+from qaft.data.load import Which, load_samples
+from qaft.data.options import load_options
+from qaft.data.options_batch import make_options_batch
 from qaft.sections import DataSection, TrainSection
 
 if TYPE_CHECKING:
@@ -23,8 +24,9 @@ def train_batches(
         RecipeError: data.train is not set, or batch_size is no multiple of world_size.
         DataError: the data cannot be used; the message names file and line.
     """
+    samples, make = _samples(data, tokenizer, "train")
     return TrainBatches(
-        load_samples(data, tokenizer, "train").samples,
+        samples,
         max_length=data.max_length,
         batch_size=train.batch_size,
         grad_accumulation=train.grad_accumulation,
@@ -34,12 +36,13 @@ def train_batches(
         rank=rank,
         world_size=world_size,
         pad_id=_pad_id(tokenizer),
+        make=make,
     )
 
 
 def eval_batches(
     data: DataSection, train: TrainSection, tokenizer: PreTrainedTokenizerBase, *, rank: int = 0, world_size: int = 1
-) -> EvalBatches | Sequence[Batch] | None:
+) -> EvalBatches | None:
     """Return the evaluation batches of a recipe, at most ``train.eval_batches``; None without validation data.
 
     Raises:
@@ -48,15 +51,25 @@ def eval_batches(
     """
     if data.valid is None:
         return None
-    batches = EvalBatches(
-        load_samples(data, tokenizer, "valid").samples,
+    samples, make = _samples(data, tokenizer, "valid")
+    return EvalBatches(
+        samples if train.eval_batches is None else samples[: train.eval_batches * train.batch_size],
         max_length=data.max_length,
         batch_size=train.batch_size,
         rank=rank,
         world_size=world_size,
         pad_id=_pad_id(tokenizer),
+        make=make,
     )
-    return batches if train.eval_batches is None else list(islice(batches, train.eval_batches))
+
+
+def _samples(
+    data: DataSection, tokenizer: PreTrainedTokenizerBase, which: Which
+) -> tuple[Sequence[AnySample], MakeBatch]:
+    """Return the samples of a data set, and what makes batches of them."""
+    if data.scores_options:
+        return load_options(data, tokenizer, which).samples, make_options_batch
+    return load_samples(data, tokenizer, which).samples, make_batch
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

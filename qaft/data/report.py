@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
 from rich.text import Text
 
 from qaft.data.batches import TrainBatches
-from qaft.data.load import LoadedSamples, load_samples
+from qaft.data.load import LoadedSamples, Which, load_samples
+from qaft.data.options import OptionsSample, load_options
 from qaft.data.samples import IGNORE_INDEX, Sample
 from qaft.sections import DataSection, TrainSection
 
@@ -31,10 +32,17 @@ SHOWN_CHARACTERS = 600
 
 @dataclass(frozen=True)
 class Excerpt:
-    """One sample for the eye: where it stands, and its text in stretches that are trained or not."""
+    """One sample for the eye: where it stands, and its text in stretches, some of which are marked.
+
+    Attributes:
+        source: file and line.
+        stretches: text, and whether it is marked.
+        marked: what the marked ones are.
+    """
 
     source: str
     stretches: tuple[tuple[str, bool], ...]
+    marked: str = "trained text"
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,7 @@ class DataReport:
         num_samples: training samples.
         num_valid: validation samples; None without validation data.
         num_tokens: tokens of all training samples.
-        trained_share: fraction 0-1 of these tokens that carry loss.
+        trained_share: fraction 0-1 of these tokens that carry loss; None where samples are choices between options.
         truncated: samples cut at max_length.
         dropped: samples left out for their length.
         histogram: (from, below, sequences) by tokens before any cut; the last bin is open to the right and holds what
@@ -68,7 +76,7 @@ class DataReport:
     num_samples: int
     num_valid: int | None
     num_tokens: int
-    trained_share: float
+    trained_share: float | None
     truncated: int
     dropped: int
     histogram: tuple[tuple[int, int | None, int], ...]
@@ -91,8 +99,8 @@ def data_report(
         DataError: the data cannot be used; the message names file and line.
         ModelError: the tokenizer lacks what the recipe asks for.
     """
-    loaded = load_samples(section, tokenizer, "train")
-    valid = load_samples(section, tokenizer, "valid") if section.valid is not None else None
+    loaded = _load(section, tokenizer, "train")
+    valid = _load(section, tokenizer, "valid") if section.valid is not None else None
     samples = loaded.samples
     keys = Counter(_key(sample) for sample in samples)
     num_tokens = sum(len(sample) for sample in samples)
@@ -113,7 +121,7 @@ def data_report(
         num_samples=len(samples),
         num_valid=None if valid is None else len(valid.samples),
         num_tokens=num_tokens,
-        trained_share=sum(sample.num_targets for sample in samples) / num_tokens,
+        trained_share=None if section.scores_options else sum(sample.num_targets for sample in samples) / num_tokens,
         truncated=loaded.truncated,
         dropped=loaded.dropped,
         histogram=_histogram(loaded.lengths, section.max_length),
@@ -128,13 +136,15 @@ def data_report(
 
 
 def print_report(report: DataReport, console: Console) -> None:
-    """Print the report; trained text is coloured, or set in ``[[...]]`` where the console has no colour."""
+    """Print the report; marked text is coloured, or set in ``[[...]]`` where the console has no colour."""
     valid = "" if report.num_valid is None else f", {report.num_valid:,} for validation"
+    share = report.trained_share
+    trained = "one choice between options in each sample" if share is None else f"{share:.1%} trained"
     facts = {
         "format": report.format,
         "layout": report.layout,
         "samples": f"{report.num_samples:,}{valid}",
-        "tokens": f"{report.num_tokens:,}, {report.trained_share:.1%} trained",
+        "tokens": f"{report.num_tokens:,}, {trained}",
         "too long": f"{report.truncated:,} truncated, {report.dropped:,} dropped",
         "duplicates": f"{report.duplicates:,} within train, {report.overlap:,} of validation also in train",
         "rows": f"{report.rows_per_epoch:,} per epoch, {report.packing_efficiency:.1%} filled",
@@ -150,18 +160,28 @@ def print_report(report: DataReport, console: Console) -> None:
     coloured = console.is_terminal and not console.no_color
     mark = "in colour" if coloured else "in [[ ]]"
     for excerpt in report.excerpts:
-        console.print(Text(f"\n{excerpt.source} (trained text {mark})", style="dim"))
+        console.print(Text(f"\n{excerpt.source} ({excerpt.marked} {mark})", style="dim"))
         console.print(_marked(excerpt, coloured))
 
 
-def _notes(train: LoadedSamples, valid: LoadedSamples | None) -> tuple[str, ...]:
+def _load(
+    section: DataSection, tokenizer: PreTrainedTokenizerBase, which: Which
+) -> LoadedSamples[Sample] | LoadedSamples[OptionsSample]:
+    return (load_options if section.scores_options else load_samples)(section, tokenizer, which)
+
+
+def _notes(train: LoadedSamples[Any], valid: LoadedSamples[Any] | None) -> tuple[str, ...]:
     own = tuple(f"train: {note}" for note in train.notes)
     return own if valid is None else own + tuple(f"valid: {note}" for note in valid.notes)
 
 
-def _key(sample: Sample) -> bytes:
+def _key(sample: Sample | OptionsSample) -> bytes:
+    if isinstance(sample, OptionsSample):
+        content = repr((sample.prompt_ids, sample.option_ids, sample.label)).encode()
+    else:
+        content = sample.input_ids.tobytes() + sample.labels.tobytes()
     # A digest, so that the keys of a million samples fit into memory.
-    return blake2b(sample.input_ids.tobytes() + sample.labels.tobytes(), digest_size=16).digest()
+    return blake2b(content, digest_size=16).digest()
 
 
 def _histogram(lengths: np.ndarray, max_length: int) -> tuple[tuple[int, int | None, int], ...]:
@@ -181,7 +201,21 @@ def _bars(histogram: Sequence[tuple[int, int | None, int]], block: str) -> list[
     return lines
 
 
-def _excerpt(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> Excerpt:
+def _excerpt(sample: Sample | OptionsSample, tokenizer: PreTrainedTokenizerBase) -> Excerpt:
+    return _choice(sample, tokenizer) if isinstance(sample, OptionsSample) else _trained(sample, tokenizer)
+
+
+def _choice(sample: OptionsSample, tokenizer: PreTrainedTokenizerBase) -> Excerpt:
+    """Return the prompt and, below it, every option as it is scored; the right one is marked."""
+    prompt = str(tokenizer.decode(list(sample.prompt_ids)))
+    stretches = [(prompt, False)]
+    for number, option in enumerate(sample.option_ids):
+        text = str(tokenizer.decode([*sample.prompt_ids, *option]))[len(prompt) :]
+        stretches += [(f"\n{number + 1:>4} ", False), (text, number == sample.label)]
+    return Excerpt(str(sample.source), tuple(stretches), "right option")
+
+
+def _trained(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> Excerpt:
     trained = sample.labels != IGNORE_INDEX
     borders = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(sample)]
     # Decoded from the start each time: alone, many tokenizers drop the space at the beginning of a stretch.

@@ -39,12 +39,21 @@ class ClassificationItem(Protocol):
 
 @dataclass(frozen=True)
 class Accuracy:
-    """``predictions``: the chosen option of each item, in order; ``loss``: mean of -score(right option), in nats."""
+    """How often the right option wins, and how sure it is.
+
+    Attributes:
+        correct: items whose right option has the largest score.
+        total: items.
+        predictions: the chosen option of each item, in order.
+        loss: mean of -score(right option), in nats.
+        choice_loss: mean of -log softmax over the options' scores at the right one, in nats.
+    """
 
     correct: int
     total: int
     predictions: tuple[int, ...]
     loss: float
+    choice_loss: float
 
     @property
     def value(self) -> float:
@@ -65,18 +74,22 @@ def verbalizer_accuracy(model: Any, items: Iterable[ClassificationItem], *, batc
         DataError: there is no item, or a prompt or an option has no token.
     """
     predictions: list[int] = []
-    correct, loss, pending = 0, 0.0, iter(items)
+    correct, loss, choice_loss, pending = 0, 0.0, 0.0, iter(items)
     with evaluating(model):
         scorer = TokenScorer(model)
         while batch := list(islice(pending, batch_size)):
             scores = [torch.stack(of_options) for of_options in _scores(scorer, batch)]
             chosen = [int(of_options.argmax()) for of_options in scores]
             predictions += chosen
-            loss -= sum(float(of_options[item.label]) for of_options, item in zip(scores, batch, strict=True))
-            correct += sum(option == item.label for option, item in zip(chosen, batch, strict=True))
+            for of_options, option, item in zip(scores, chosen, batch, strict=True):
+                loss -= float(of_options[item.label])
+                choice_loss -= float(of_options.log_softmax(0)[item.label])
+                correct += option == item.label
     if not predictions:
         raise DataError("there is no item to classify")
-    return Accuracy(correct, len(predictions), tuple(predictions), loss / len(predictions))
+    return Accuracy(
+        correct, len(predictions), tuple(predictions), loss / len(predictions), choice_loss / len(predictions)
+    )
 
 
 def _scores(scorer: TokenScorer, batch: Sequence[ClassificationItem]) -> list[list[Tensor]]:

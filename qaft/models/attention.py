@@ -50,6 +50,11 @@ class AttentionInputs(nn.Module):
         return query, key if self.key is None else self.key(key), value if self.value is None else self.value(value)
 
 
+def attention_function(model: PreTrainedModel) -> str:
+    """Return the name of a model's attention function, without what ``put_into_attention`` adds."""
+    return (model.config._attn_implementation or "eager").removeprefix(_PREFIX)
+
+
 def put_into_attention(model: PreTrainedModel, inputs: Mapping[str, nn.Module]) -> None:
     """Let queries, keys and values of the named attention modules pass through the given modules.
 

@@ -16,6 +16,11 @@ class ClassificationSection(Section):
     prompt: str = Field(description="format string over the row's fields, e.g. '{sentence} It was'")
     label: str = Field(default="label", description="field that holds the class")
     verbalizers: dict[str, str] = Field(description="class -> the text to be generated")
+    loss: Literal["answer", "options"] = Field(
+        default="answer",
+        description="what a row teaches; answer: the tokens of the right text; options: to prefer it to the other "
+        "texts, which are scored together after one prompt (needs packing: false)",
+    )
 
     @field_validator("verbalizers", mode="before")
     @classmethod
@@ -67,3 +72,8 @@ class DataSection(Section):
         default="truncate", description="samples above max_length; split: consecutive windows (format text only)"
     )
     classification: ClassificationSection | None = None
+
+    @property
+    def scores_options(self) -> bool:
+        """Return whether rows are choices between options instead of texts to learn."""
+        return self.classification is not None and self.classification.loss == "options"

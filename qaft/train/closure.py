@@ -14,8 +14,7 @@ from qaft.gradients.base import Direction, PairedLosses
 from qaft.layers.adapted import AdaptedLinear
 from qaft.layers.mode import evaluating
 from qaft.layers.probe import probed, row_shares
-from qaft.train.loss import IGNORE_INDEX
-from qaft.train.objective import MicroBatch, Objective, model_inputs
+from qaft.train.objective import MicroBatch, Objective
 
 if TYPE_CHECKING:
     from qaft.train.engine import Engine
@@ -69,10 +68,10 @@ class BatchClosure:
             TrainingError: the loss comes in 16 bits.
             ModelError: a layer is not given the rows of the batch; see ``probed``.
         """
-        examples = _examples(self.batch.position_ids)
-        count, rows = int(examples.max()) + 1, len(examples)
+        examples, targets = self.batch.examples(), self.batch.example_targets()
+        count, rows = len(targets), len(examples)
         layers = {name: m for name, m in self.objective.layers.items() if isinstance(m, AdaptedLinear)}
-        inputs = {k: None if v is None else torch.cat([v, v]) for k, v in model_inputs(self.batch).items()}
+        inputs = {k: None if v is None else torch.cat([v, v]) for k, v in self.batch.loss_inputs().items()}
         with torch.inference_mode(), evaluating(self.engine.module), probed(layers, directions, epsilon, rows=rows):
             sums = self.engine(**inputs, groups=torch.cat([examples, examples + count]))
         if sums.dtype in (torch.float16, torch.bfloat16):
@@ -81,7 +80,6 @@ class BatchClosure:
                 f"known to {torch.finfo(sums.dtype).eps:.1g} of the loss / 2 epsilon only; compute the loss in float32"
             )
         plus, minus = sums.double().cpu().split(count)
-        targets = torch.bincount(examples[:, 1:][self.batch.labels[:, 1:] != IGNORE_INDEX], minlength=count)
         direction = _directions(examples, len(directions))
         kept = targets > 0
         return PairedLosses(plus[kept], minus[kept], targets[kept], direction[kept])
@@ -99,13 +97,6 @@ def gathered(engine: Engine, values: Sequence[float]) -> list[list[float]]:
     table = torch.zeros(engine.world_size, len(values), dtype=torch.float64)
     table[engine.rank] = torch.tensor(values, dtype=torch.float64)
     return (engine.sum_over_ranks(table).cpu() if engine.world_size > 1 else table).tolist()
-
-
-def _examples(position_ids: Tensor) -> Tensor:
-    """Return the number of the example at each position, [B, T] from 0: positions restart where one begins."""
-    starts = position_ids == 0
-    starts[:, 0] = True
-    return starts.flatten().cumsum(0).view_as(starts) - 1
 
 
 def _directions(examples: Tensor, directions: int) -> Tensor:

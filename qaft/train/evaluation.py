@@ -9,7 +9,7 @@ import torch
 
 from qaft.errors import DataError
 from qaft.layers.mode import evaluating
-from qaft.train.objective import MicroBatch, local_targets, model_inputs
+from qaft.train.objective import MicroBatch, local_targets
 
 if TYPE_CHECKING:
     from qaft.train.engine import Engine
@@ -36,7 +36,7 @@ def evaluate(
         for batch in batches:
             if stopped := interrupted():
                 break
-            total += float(engine(**model_inputs(batch)))
+            total += float(engine(**batch.loss_inputs()))
             targets += local_targets(batch)
     sums = engine.sum_over_ranks(torch.tensor([total, targets, stopped], dtype=torch.float64)).tolist()
     if sums[2]:

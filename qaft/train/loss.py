@@ -196,7 +196,7 @@ class CausalLoss(nn.Module):
         attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the hidden states from which targets are predicted, [N, H], and the targets, [N]."""
-        hidden = self._hidden(input_ids, position_ids, attention_mask)[:, :-1]
+        hidden = self.hidden_states(input_ids, position_ids, attention_mask)[:, :-1]
         targets = labels[:, 1:]
         has_target = targets != IGNORE_INDEX
         return hidden[has_target], targets[has_target]
@@ -208,17 +208,37 @@ class CausalLoss(nn.Module):
             term: logits in at least fp32, one [n, V] for each of ``hidden`` -> a sum over n.
             *hidden: hidden states of the same positions.
         """
-        head = self.model.get_output_embeddings()
-        wide = torch.promote_types(hidden[0].dtype, torch.float32)
 
         def chunk(*rows: Tensor) -> Tensor:
-            return term(*(_softcapped(head(row).to(wide), self.softcap) for row in rows))
+            return term(*(self._logits(row) for row in rows))
 
-        total = torch.zeros((), dtype=wide, device=hidden[0].device)
+        total = torch.zeros((), dtype=torch.promote_types(hidden[0].dtype, torch.float32), device=hidden[0].device)
         vocabulary = self.model.config.get_text_config().vocab_size
         for rows in _chunks(len(hidden[0]), vocabulary, self.logits_per_chunk // len(hidden)):
             total = total + checkpoint(chunk, *(states[rows] for states in hidden), use_reentrant=False)
         return total
+
+    def log_probs(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Return ``log p`` of several tokens after each of ``hidden`` [N, H], in chunks that backward recomputes.
+
+        Args:
+            hidden: [N, H], N at least 1.
+            tokens: [N, K].
+
+        Returns:
+            [N, K] in at least fp32.
+        """
+
+        def chunk(rows: Tensor, chosen: Tensor) -> Tensor:
+            return self._logits(rows).log_softmax(-1).gather(1, chosen)
+
+        vocabulary = self.model.config.get_text_config().vocab_size
+        chunks = _chunks(len(hidden), vocabulary, self.logits_per_chunk)
+        return torch.cat([checkpoint(chunk, hidden[rows], tokens[rows], use_reentrant=False) for rows in chunks])
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        return _softcapped(self.model.get_output_embeddings()(hidden).to(wide), self.softcap)
 
     def _group_losses(self, hidden: Tensor, targets: Tensor, groups: Tensor, has_target: Tensor) -> Tensor:
         vocabulary = self.model.config.get_text_config().vocab_size
@@ -227,11 +247,12 @@ class CausalLoss(nn.Module):
         sums = torch.zeros(int(groups.max()) + 1, dtype=torch.float64, device=losses.device)
         return sums.index_add_(0, groups[:, 1:][has_target], losses.double())
 
-    def _hidden(self, input_ids: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+    def hidden_states(self, input_ids: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+        """Return the decoder's last hidden states, [B, T, H]; a mask may be one of four axes, [B, 1, T, T]."""
         output = self.model.get_decoder()(
             input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False
         )
-        return output.last_hidden_state  # [B, T, H]
+        return output.last_hidden_state
 
     def head_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Return the sum of losses of ``targets`` [N] from ``hidden`` [N, H]."""
@@ -258,8 +279,8 @@ class CausalLoss(nn.Module):
         tokens = torch.arange(8, device=next(embeddings.parameters()).device)[None] % embeddings.num_embeddings
         with evaluating(self):
             theirs = self.model(input_ids=tokens, use_cache=False).logits.float()
-            hidden = self._hidden(tokens, None, None)
-            ours = _softcapped(self.model.get_output_embeddings()(hidden).float(), self.softcap)
+            hidden = self.hidden_states(tokens, None, None)
+            ours = self._logits(hidden)
         if not bool(theirs.isfinite().all()):
             raise ModelError(
                 f"{type(self.model).__name__}: the logits of the base model are not finite before any training; its "

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from qaft.errors import DataError
 from qaft.layers.reach import reached, zero_for_others
-from qaft.train.loss import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from qaft.train.engine import Engine
@@ -29,26 +28,6 @@ Penalty = Callable[[Mapping[str, nn.Module]], Tensor]
 
 class MicroBatch(Protocol):
     """What training reads of a batch."""
-
-    @property
-    def input_ids(self) -> Tensor:
-        """[B, T] tokens of this rank's micro-batch."""
-        ...
-
-    @property
-    def labels(self) -> Tensor:
-        """[B, T], not shifted; -100 carries no loss."""
-        ...
-
-    @property
-    def position_ids(self) -> Tensor:
-        """[B, T]."""
-        ...
-
-    @property
-    def attention_mask(self) -> Tensor | None:
-        """[B, T], or None when nothing is padded."""
-        ...
 
     @property
     def num_targets(self) -> int:
@@ -65,20 +44,22 @@ class MicroBatch(Protocol):
         """Index of the optimizer step, from 0."""
         ...
 
+    def loss_inputs(self) -> dict[str, Tensor | None]:
+        """Return what the loss module takes, each [B, ...]."""
+        ...
 
-def model_inputs(batch: MicroBatch) -> dict[str, Tensor | None]:
-    """Return the tensors that ``CausalLoss.forward`` takes."""
-    return {
-        "input_ids": batch.input_ids,
-        "labels": batch.labels,
-        "position_ids": batch.position_ids,
-        "attention_mask": batch.attention_mask,
-    }
+    def examples(self) -> Tensor:
+        """Return the number of the example, from 0, at whatever the loss module adds up; [B, ...], row after row."""
+        ...
+
+    def example_targets(self) -> Tensor:
+        """Return the targets of each example, int64 [N]."""
+        ...
 
 
 def local_targets(batch: MicroBatch) -> int:
-    """Return the number of positions of this micro-batch that carry loss."""
-    return int((batch.labels[:, 1:] != IGNORE_INDEX).sum())
+    """Return the number of targets of this micro-batch on this rank."""
+    return int(batch.example_targets().sum())
 
 
 def noise_seed(*parts: int) -> int:
@@ -142,8 +123,8 @@ class Objective:
     def _total(self, engine: Engine, batch: MicroBatch) -> Tensor:
         """Return the sum of losses, with a gradient (zero where a layer was not reached) for every trained layer."""
         if not torch.is_grad_enabled():
-            return engine(**model_inputs(batch))
+            return engine(**batch.loss_inputs())
         with reached(self.layers) as names:
-            total = engine(**model_inputs(batch))
+            total = engine(**batch.loss_inputs())
         zero = zero_for_others(self.layers, names)
         return total if zero is None else total + zero.to(total)

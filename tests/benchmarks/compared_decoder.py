@@ -24,7 +24,6 @@ from qaft.models.skeleton import block_linears, empty_model
 from qaft.models.source import config_of
 from qaft.recipe import Recipe, parse_recipe
 from qaft.train.loop import fit
-from qaft.train.objective import model_inputs
 from qaft.train.resume import start_state
 from qaft.train.run import TrainRun
 from qaft.training import prepare_training
@@ -188,7 +187,7 @@ def steps_of(folder: Path) -> list[dict[str, float]]:
 def kept_bytes_per_token(training: TrainRun) -> float:
     """Return what autograd keeps of a forward pass over the first batch, without what is there anyway, per token."""
     batch = next(iter(training.batches.from_step(0)))
-    inputs = {k: v for k, v in model_inputs(batch).items() if v is not None}
+    inputs = {k: v for k, v in batch.loss_inputs().items() if v is not None}
     return kept_bytes(training.engine.module, lambda: training.engine.module(**inputs)) / batch.input_ids.numel()
 
 

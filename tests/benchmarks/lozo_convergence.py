@@ -5,7 +5,8 @@
 
 DATA holds train.jsonl and valid.jsonl with ``sentence`` and ``label``. Equal forwards: every zeroth-order method takes the
 same steps of the same batches. Matched effective learning rates: LOZO(r, lr) has the first two moments of MeZO(r lr).
-Loss is that of the class's word alone, without the end token that would follow it. The control of a LOZO run is its own
+Loss is that of the class's word alone, without the end token that would follow it; with --loss options it is that of the
+choice between the words. The control of a LOZO run is its own
 journal, replayed with the scalars permuted between the steps: the same directions and step lengths without what was
 measured. A drop is that of the validation loss against the untrained model.
 
@@ -81,7 +82,7 @@ def recipe(arguments: argparse.Namespace, storage: str, seed: int, name: str, se
                 "train": str(arguments.data / "train.jsonl"),
                 "valid": str(arguments.data / "valid.jsonl"),
                 "format": "classification",
-                "classification": CLASSES,
+                "classification": {**CLASSES, "loss": arguments.loss},
                 "max_length": arguments.max_length,
                 "on_long": "drop",
                 "packing": False,
@@ -110,15 +111,16 @@ def score(run: Run, rows: int) -> dict[str, float]:
     """Loss and accuracy on the first validation rows."""
     section = run.recipe.data.model_copy(update={"limit": rows})
     found = verbalizer_accuracy(run.loaded.model, classification_items(section, run.loaded.tokenizer))
-    return {"loss": found.loss, "accuracy": found.value}
+    return {"loss": found.choice_loss if section.scores_options else found.loss, "accuracy": found.value}
 
 
 def trained(resolved: Recipe) -> Run:
     run = build_run(resolved)
     shutil.rmtree(run.folder, ignore_errors=True)  # of a run that was stopped inside this cell
     training = prepare_training(run, console=Console(quiet=True))
-    end = run.loaded.tokenizer.eos_token_id
-    training = replace(training, batches=WithoutEnd(training.batches, end), eval_batches=None, diagnostics=None)
+    training = replace(training, eval_batches=None, diagnostics=None)
+    if not resolved.data.scores_options:
+        training = replace(training, batches=WithoutEnd(training.batches, run.loaded.tokenizer.eos_token_id))
     fit(training, start_state(training))
     return run
 
@@ -145,7 +147,9 @@ def cells_of(arguments: argparse.Namespace, storage: str, name: str, seed: int) 
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
     names = ("steps", "batch", "max_length", "eval_rows", "lr", "rows_lr", "dtype")
-    return {name: getattr(arguments, name) for name in names}
+    # Only where it is not the default: cells that were finished before there was a choice keep their settings.
+    chosen = {} if arguments.loss == "answer" else {"loss": arguments.loss}
+    return {name: getattr(arguments, name) for name in names} | chosen
 
 
 def read_cells(path: Path) -> list[dict[str, Any]]:
@@ -212,6 +216,7 @@ def main() -> None:
     parser.add_argument("--eval-rows", type=int, default=300, help="first rows of valid.jsonl")
     parser.add_argument("--lr", type=float, default=1e-6)
     parser.add_argument("--rows-lr", type=float, default=1e-4, help="of SPSA on rows, whose gradient is smaller")
+    parser.add_argument("--loss", choices=["answer", "options"], default="answer", help="what every method trains on")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=[])
     parser.add_argument("--out", type=Path, default=Path("runs/lozo_convergence"))

@@ -21,17 +21,16 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, PretrainedConfig
 
 from qaft.build import Run, build_run
+from qaft.data.batches import Batch
 from qaft.gradients.epsilon import Epsilon
 from qaft.models.load import load_model
 from qaft.recipe import Recipe, parse_recipe
@@ -55,24 +54,12 @@ CONTEXT = 0.5 * GIB
 """What a GPU process holds besides tensors."""
 
 
-@dataclass(frozen=True)
-class SyntheticBatch:
+def synthetic(rows: int, tokens: int, vocabulary: int) -> Batch:
     """Random tokens; every third position carries loss."""
-
-    input_ids: Tensor
-    labels: Tensor
-    position_ids: Tensor
-    num_targets: int
-    num_tokens: int
-    step: int = 0
-    attention_mask: Tensor | None = None
-
-
-def synthetic(rows: int, tokens: int, vocabulary: int) -> SyntheticBatch:
     ids = torch.randint(0, vocabulary, (rows, tokens), generator=torch.Generator().manual_seed(0))
     labels = torch.where(torch.arange(tokens) % 3 == 0, ids, -100)
     positions = torch.arange(tokens).expand_as(ids)
-    return SyntheticBatch(ids, labels, positions, int((labels[:, 1:] != -100).sum()), ids.numel())
+    return Batch(ids, labels, positions, None, int((labels[:, 1:] != -100).sum()), ids.numel(), 0)
 
 
 def shape_of(config: PretrainedConfig) -> dict[str, int]:
@@ -152,7 +139,7 @@ def peak_above(action: Callable[[], Any]) -> float:
     return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
-def step_of(training: TrainRun, batch: SyntheticBatch) -> Callable[[], None]:
+def step_of(training: TrainRun, batch: Batch) -> Callable[[], None]:
     closure = BatchClosure(
         objective=training.objective,
         engine=training.engine,
@@ -169,7 +156,7 @@ def step_of(training: TrainRun, batch: SyntheticBatch) -> Callable[[], None]:
     return step
 
 
-def forwards(recipe: Recipe, batch: SyntheticBatch, device: torch.device) -> dict[str, Callable[[], None]]:
+def forwards(recipe: Recipe, batch: Batch, device: torch.device) -> dict[str, Callable[[], None]]:
     model: Any = load_model(recipe.model, qat=None, device=device).model.to(device).eval()
     loss = CausalLoss(model)
     inputs = {name: getattr(batch, name).to(device) for name in ("input_ids", "labels", "position_ids")}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qaft.data.isolation import check_isolation
+from qaft.data.isolation import check_isolation, check_options
 from qaft.errors import IncompatibleError
 
 
@@ -61,3 +61,45 @@ def test_a_model_that_keeps_samples_apart_passes_and_keeps_its_mode(attention: s
 def test_a_model_that_leaks_is_refused_with_the_way_out(model: nn.Module) -> None:
     with pytest.raises(IncompatibleError, match=r"data.packing=true: .* set data.packing: false"):
         check_isolation(model, vocab_size=20)
+
+
+def ignoring(*inputs: str) -> LlamaForCausalLM:
+    """A Llama whose decoder does not read these inputs."""
+    model, nothing = llama(), dict.fromkeys(inputs)
+    model.model.register_forward_pre_hook(lambda _, args, given: (args, {**given, **nothing}), with_kwargs=True)
+    return model
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_keeps_options_apart_passes_and_keeps_its_mode(attention: str, dtype: torch.dtype) -> None:
+    model = llama(attn_implementation=attention, attention_dropout=0.5).to(dtype).train()
+    check_options(model, vocab_size=20, max_length=64)
+    assert model.training
+
+
+def test_a_model_whose_options_see_each_other_is_refused_with_the_way_out() -> None:
+    with pytest.raises(IncompatibleError, match=r"loss=options .* an option sees the one before it .*loss: answer"):
+        check_options(ignoring("attention_mask", "position_ids"), vocab_size=20, max_length=64)
+
+
+@pytest.mark.parametrize(("ignored", "unseen"), [("attention_mask", "prompt"), ("position_ids", "position")])
+def test_a_model_that_does_not_see_where_an_option_stands_is_refused(ignored: str, unseen: str) -> None:
+    # Without the mask, positions that go back look like a packed sample that begins.
+    with pytest.raises(IncompatibleError, match=f"the {unseen} of the second option changes nothing in it"):
+        check_options(ignoring(ignored), vocab_size=20, max_length=64)
+
+
+def test_attention_without_a_mask_is_refused() -> None:
+    model = llama()
+    model.config._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises(IncompatibleError, match=r"model\.attention='flash_attention_2' .* must be one of eager, sdpa"):
+        check_options(model, vocab_size=20, max_length=64)
+
+
+def test_layers_that_look_back_less_far_than_a_row_is_long_are_refused() -> None:
+    model = llama()
+    model.config.sliding_window = 32
+    check_options(model, vocab_size=20, max_length=32)
+    with pytest.raises(IncompatibleError, match=r"see 32 tokens \(sliding_window\).* data\.max_length to at most 32"):
+        check_options(model, vocab_size=20, max_length=33)

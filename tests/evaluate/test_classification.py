@@ -38,6 +38,15 @@ def test_the_prediction_is_the_most_likely_option(batch_size: int) -> None:
     assert found.value == found.correct / 4
 
 
+def test_the_losses_are_those_of_the_right_option_and_of_the_choice() -> None:
+    found = verbalizer_accuracy(tiny_llama(), ITEMS)
+    scores = [torch.tensor([score(item.prompt_ids, option) for option in item.option_ids]) for item in ITEMS]
+    right = [float(of_options[item.label]) for of_options, item in zip(scores, ITEMS, strict=True)]
+    sure = [float(of_options.log_softmax(0)[item.label]) for of_options, item in zip(scores, ITEMS, strict=True)]
+    assert found.loss == pytest.approx(-sum(right) / 4, rel=1e-5)
+    assert found.choice_loss == pytest.approx(-sum(sure) / 4, rel=1e-4)
+
+
 def test_one_token_options_share_one_row() -> None:
     model, rows = tiny_llama(), []
     model.model.register_forward_hook(

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import tiny_run
 import torch
-from tiny_run import SignalBatches, TinyBatch, TinyBatches, TinyCausalLM, make_run, values
+from tiny_run import SignalBatches, TinyBatches, TinyCausalLM, make_run, values
 
+from qaft.data.batches import Batch
 from qaft.errors import DataError, TrainingError
 from qaft.gradients.base import GradientEstimate
 from qaft.train.checkpoint import latest_checkpoint
@@ -219,7 +220,7 @@ def test_signal_during_an_evaluation_does_not_wait_for_its_end(tmp_path: Path) -
     seen = 0
 
     class Evaluation:
-        def __iter__(self) -> Iterator[TinyBatch]:
+        def __iter__(self) -> Iterator[Batch]:
             nonlocal seen
             for seen, batch in enumerate(batches, start=1):
                 if seen == 3:

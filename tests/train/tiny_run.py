@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import qaft
+from qaft.data.batches import Batch
 from qaft.gradients.backprop import Backprop
 from qaft.gradients.base import GradientEstimate
 from qaft.recipe import Recipe
@@ -74,17 +75,6 @@ class TinyCausalLM(nn.Module):
         return self.model.embed
 
 
-@dataclass(frozen=True)
-class TinyBatch:
-    input_ids: Tensor
-    labels: Tensor
-    position_ids: Tensor
-    attention_mask: Tensor | None
-    num_targets: int
-    num_tokens: int
-    step: int
-
-
 class TinyBatches:
     """Random tokens as a function of (seed, step): ``rows`` rows per step, cut into micro-batches over ranks."""
 
@@ -102,7 +92,7 @@ class TinyBatches:
             labels[row, : row % 3] = -100  # unequal numbers of targets, where a mean of means would differ
         return tokens, labels
 
-    def from_step(self, step: int) -> Iterator[TinyBatch]:
+    def from_step(self, step: int) -> Iterator[Batch]:
         for index in range(step, self.steps):
             tokens, labels = self.rows_of(index)
             targets = int((labels[:, 1:] != -100).sum())
@@ -115,7 +105,7 @@ class TinyBatches:
             )
             for ids, target in parts[self.rank :: self.world]:
                 positions = torch.arange(self.length).expand_as(ids)
-                yield TinyBatch(ids, target, positions, None, targets, ids.numel(), index)
+                yield Batch(ids, target, positions, None, targets, ids.numel(), index)
 
 
 class SignalBatches(TinyBatches):
@@ -125,7 +115,7 @@ class SignalBatches(TinyBatches):
         super().__init__(**options)
         self.number, self.at = number, at
 
-    def from_step(self, step: int) -> Iterator[TinyBatch]:
+    def from_step(self, step: int) -> Iterator[Batch]:
         for index, batch in enumerate(super().from_step(step), start=1):
             if index == self.at:
                 os.kill(os.getpid(), self.number)
@@ -260,7 +250,7 @@ class SlowBatches(TinyBatches):
         super().__init__(**options)
         self.slow_from = slow_from
 
-    def from_step(self, step: int) -> Iterator[TinyBatch]:
+    def from_step(self, step: int) -> Iterator[Batch]:
         for batch in super().from_step(step):
             time.sleep(0.3 if batch.step >= self.slow_from else 0)
             yield batch
