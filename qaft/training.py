@@ -172,6 +172,7 @@ def _train_run(run: Run, engine: Engine, optimizer: Optimizer, console: Console 
             console=None if console is None else make_console(engine.device, console),
             is_main=engine.rank == 0,
             track=engine.track if recipe.train.report_to else None,
+            per_token=not recipe.data.scores_options,
         ),
         folder=run.folder,
         journal=journal,

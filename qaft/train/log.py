@@ -45,8 +45,8 @@ class RunLog:
     Each line of ``metrics.jsonl`` has ``step``, ``tokens`` (trained on so far) and ``time`` (UTC); training lines add
     ``loss`` (mean over the steps since the last line), ``learning_rate`` (base group; others as
     ``learning_rate/<pattern>``), ``grad_norm`` (before clipping), ``tokens_per_second`` and ``peak_memory_gib``;
-    evaluation lines add ``eval_loss`` and ``eval_perplexity``; lines of diagnostics ``quantization/<quantity>[/layer]``
-    (see diagnostics.py). Names are the transformers Trainer's where it has one.
+    evaluation lines add ``eval_loss`` and, of losses per token, ``eval_perplexity``; lines of diagnostics
+    ``quantization/<quantity>[/layer]`` (see diagnostics.py). Names are the transformers Trainer's where it has one.
 
     Args:
         folder: the run folder.
@@ -55,6 +55,7 @@ class RunLog:
         console: shows progress; None for none.
         is_main: whether this is rank 0.
         track: receives every record too.
+        per_token: the loss is that of tokens, which has a perplexity, and not of choices between options.
         clock: seconds from an arbitrary start.
     """
 
@@ -67,6 +68,7 @@ class RunLog:
         console: Console | None = None,
         is_main: bool = True,
         track: Tracker | None = None,
+        per_token: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.path = folder / METRICS
@@ -75,6 +77,7 @@ class RunLog:
         self._console = console if is_main else None
         self._is_main = is_main
         self._track = track
+        self._per_token = per_token
         self._clock = clock
         self._paused_seconds = 0.0
         self._start = self._last = (0, 0, 0.0)  # step, tokens, training seconds
@@ -129,10 +132,12 @@ class RunLog:
         self._write({"step": step, **values, "tokens": tokens})
 
     def evaluation(self, step: int, loss: float, tokens: int) -> None:
-        """Record a mean validation loss in nats per token and its perplexity."""
-        perplexity = math.exp(loss) if loss < math.log(1e300) else math.inf
-        self._write({"step": step, "eval_loss": loss, "eval_perplexity": perplexity, "tokens": tokens})
-        self.note(f"step {step}/{self._total_steps} eval_loss {loss:.4f} eval_perplexity {perplexity:.4g}")
+        """Record a mean validation loss in nats per target, and its perplexity where targets are tokens."""
+        perplexity = {"eval_perplexity": math.exp(loss) if loss < math.log(1e300) else math.inf}
+        shown = perplexity if self._per_token else {}
+        self._write({"step": step, "eval_loss": loss, **shown, "tokens": tokens})
+        values = "".join(f" {name} {value:.4g}" for name, value in shown.items())
+        self.note(f"step {step}/{self._total_steps} eval_loss {loss:.4f}{values}")
 
     def note(self, text: str) -> None:
         """Show a line on the console."""

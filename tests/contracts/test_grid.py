@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from qaft.bases import LinearSpec, build_base
 from qaft.compat import INCOMPATIBLE
+from qaft.data.batches import Batch
 from qaft.errors import IncompatibleError
 from qaft.gradients import SOURCES
 from qaft.layers.adapted import AdaptedLinear
@@ -139,10 +140,10 @@ def adapted(asked: Recipe, index: int) -> AdaptedLinear:
     return AdaptedLinear(base, update, quantizer=grid)
 
 
-def batch(step: int) -> SimpleNamespace:
+def batch(step: int) -> Batch:
     tokens = torch.randint(VOCABULARY, (ROWS, 6), generator=torch.Generator().manual_seed(step))
     positions = torch.arange(6).expand_as(tokens)
-    return SimpleNamespace(
+    return Batch(
         input_ids=tokens,
         labels=tokens,
         position_ids=positions,

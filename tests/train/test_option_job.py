@@ -136,6 +136,8 @@ def test_a_recipe_trains_on_the_loss_that_it_logs_and_evaluates(tiny_llama: Path
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     [first, *_] = [line["loss"] for line in lines if "loss" in line]
     [last] = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    # The loss of a choice has none.
+    assert not any("eval_perplexity" in line for line in lines)
     after = choice_losses(restore_run(tmp_path / "run").loaded.model.eval(), items).mean().item()
     assert first == pytest.approx(before, rel=1e-4)
     assert last == pytest.approx(after, rel=1e-4)
