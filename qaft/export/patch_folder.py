@@ -129,9 +129,10 @@ def _require_base(patch: Patch, applied: Sequence[AppliedPatch], folder: Path) -
     ]
     wrong = wrong or [n for n, layer in patch.layers.items() if not holds(shards, n, layer, layer.old)]
     if wrong:
+        problem = "are missing" if missing else "differ in their bytes"
         raise ExportError(
-            f"{folder}: not the base of {patch.name}: {len(wrong)} tensors {'are missing' if missing else 'differ'}, "
-            f"{_listing(wrong)}; give the base of the run, which `qaft patch base RUN` writes"
+            f"{folder}: not the base of {patch.name}: {len(wrong)} tensors {problem}, {_listing(wrong)}; give the base "
+            "of the run, which `qaft patch base RUN` writes"
         )
 
 

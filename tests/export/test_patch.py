@@ -13,7 +13,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from killed import killed_in_rename
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_export import INFO, relative_difference, reloaded, section, trained
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -23,6 +23,7 @@ from qaft.export import EXPORTERS, staging
 from qaft.export.patch_file import TENSORS, load_patch
 from qaft.export.patch_folder import apply_patch, revert_patch
 from qaft.export.patch_state import STATE
+from qaft.export.reload import load
 from qaft.layers.attach import adapted_layers
 from qaft.models.load import LoadedModel
 from qaft.models.online import put_online
@@ -176,6 +177,34 @@ def test_rows_trained_through_a_code_book_lie_on_a_base_that_bitsandbytes_has_qu
     assert files(base) == before
 
 
+def test_a_base_whose_zeros_have_the_other_code_of_fp4_is_refused_although_its_weights_are_equal(
+    checkpoint: Any, tmp_path: Path
+) -> None:
+    """bitsandbytes gives code 8 to what rounds to zero from above on a CPU, and from below on a GPU."""
+    qat = QatSection(weights=GridSection.model_validate({"kind": "fp4"}), rotation="none")
+    loaded = trained(checkpoint(), "rows", qat=qat, storage="fp4", select=lambda n: n.endswith("q_proj"), size=0.3)
+    EXPORTERS["patch"](loaded, section("patch"), tmp_path / "tune", INFO)
+    at_start(loaded)
+    EXPORTERS["bnb"](loaded, section("bnb"), tmp_path / "base", INFO)
+    apply_patch(load_patch(tmp_path / "tune"), tmp_path / "base", tmp_path / "out")
+    stored = load_file(tmp_path / "base" / "model.safetensors")
+    # A layer that the patch does not touch.
+    name = "model.layers.1.mlp.down_proj.weight"
+    swapped = stored[name].clone()
+    for half in (0x0F, 0xF0):
+        zeros = (stored[name] & half & 0x77) == 0
+        swapped = torch.where(zeros, swapped ^ (half & 0x88), swapped)
+    assert not torch.equal(swapped, stored[name])
+    other = copied(tmp_path / "base", tmp_path / "other")
+    save_file({**stored, name: swapped}, other / "model.safetensors", {"format": "pt"})
+    ours, theirs = (load(str(folder), "cpu", None, None) for folder in (tmp_path / "base", other))
+    assert relative_difference(ours, theirs) == 0
+    before = files(other)
+    with pytest.raises(ExportError, match=rf"not the base of tune: 1 tensors differ in their bytes, {name}; give"):
+        apply_patch(load_patch(tmp_path / "tune"), other, None)
+    assert files(other) == before
+
+
 def test_only_touched_rows_are_written(shared: Any) -> None:
     made = shared()
     in_bytes, rows, groups = {}, 4, 32
@@ -235,7 +264,9 @@ def test_another_base_is_refused_and_left_alone(shared: Any, tmp_path: Path) -> 
     patched = apply_patch(load_patch(other.patch), made.base, tmp_path / "patched")
     (patched / STATE).unlink()
     before = files(patched)
-    with pytest.raises(ExportError, match=r"not the base of tune: \d+ tensors differ, model\.layers\.0.*patch base"):
+    with pytest.raises(
+        ExportError, match=r"not the base of tune: \d+ tensors differ in their bytes, model\.layers\.0.*patch base"
+    ):
         apply_patch(load_patch(made.patch), patched, None)
     assert files(patched) == before
     with pytest.raises(ExportError, match=r"tensors are missing"):
