@@ -22,7 +22,7 @@ from qaft.export.card import STAMP
 from qaft.export.digests import changes, digests
 from qaft.export.fingerprint import FINGERPRINT, Deviation, Fingerprint
 from qaft.export.patch_state import STATE, PatchState, read_state
-from qaft.export.record import ExportRecord
+from qaft.export.record import ExportRecord, adapted_model
 from qaft.export.staging import restore_replaced
 from qaft.export.verify import reload_logits
 
@@ -52,12 +52,18 @@ class Check:
 
 
 @dataclass(frozen=True)
-class _Expected:
+class Expected:
     """What a reload has to answer within ``bound``; without ``answers`` the reason why that is not known."""
 
     bound: Bound
     answers: Fingerprint | None = None
     why_not: str = ""
+
+    def on(self, device: torch.device | str) -> Bound:
+        """Return the bound of a reload on this device, wider where the answers come from another type."""
+        if self.answers is None:
+            return self.bound
+        return self.bound.between(self.answers.device, torch.device(device).type)
 
 
 def check_export_folder(folder: Path, *, base: Path | None = None, device: torch.device | str = "cpu") -> Check:
@@ -82,46 +88,56 @@ def check_export_folder(folder: Path, *, base: Path | None = None, device: torch
     recorded = {n: digest for n, digest in {**stamp["files"], **state.files}.items() if n not in _EDITABLE}
     if problems := changes(recorded, own):
         raise DifferenceError(f"{folder}: is not what was exported: {'; '.join(problems)}; export the run again")
-    expected = _expected_of_patches(folder, state) if state.patches else _expected_of_export(folder, stamp)
+    expected = expected_of(folder)
     check = Check(
         format=stamp["format"],
         num_files=len(own),
         patches=tuple(patch.name for patch in state.patches),
-        bound=expected.bound,
+        bound=expected.on(device),
         uncompared=expected.why_not,
     )
     if expected.answers is None:
         return check
-    adapts = stamp["format"] == "peft"
+    model, dtype = adapted_model(stamp)
     reloaded = reload_logits(
         folder,
         expected.answers.ids,
         device=device,
-        base=(base or Path(stamp["base_model"])) if adapts else None,
-        dtype=getattr(torch, stamp["recipe"]["model"].get("dtype", "bfloat16")) if adapts else None,
+        base=None if model is None else base or Path(model),
+        dtype=None if dtype is None else getattr(torch, dtype),
     )
     deviation = expected.answers.compare(reloaded)
-    expected.bound.check(deviation, consequence="the programs that load it have changed; install those of the export")
+    check.bound.check(deviation, consequence="the programs that load it have changed; install those of the export")
     return replace(check, deviation=deviation)
 
 
-def _expected_of_export(folder: Path, stamp: Mapping[str, Any]) -> _Expected:
+def expected_of(folder: Path) -> Expected:
+    """Return what an exported folder has to answer: as the run of the patch on it, or as it was exported.
+
+    Raises:
+        ExportError: the folder is no export of qaft, or what it records is damaged.
+    """
+    state = read_state(folder)
+    return _expected_of_patches(folder, state) if state.patches else _expected_of_export(folder, _stamp(folder))
+
+
+def _expected_of_export(folder: Path, stamp: Mapping[str, Any]) -> Expected:
     bound = Bound(**stamp["bound"])
     if stamp["format"] == "patch":
-        return _Expected(bound, why_not="a patch is loaded on its base: put it there, and check that folder")
+        return Expected(bound, why_not="a patch is loaded on its base: put it there, and check that folder")
     if not (folder / FINGERPRINT).is_file():
-        return _Expected(bound, why_not="the export was written with verify: false")
-    return _Expected(bound, Fingerprint.load(folder / FINGERPRINT))
+        return Expected(bound, why_not="the export was written with verify: false")
+    return Expected(bound, Fingerprint.load(folder / FINGERPRINT))
 
 
-def _expected_of_patches(folder: Path, state: PatchState) -> _Expected:
-    if len(state.patches) > 1:
-        return _Expected(UNBOUNDED, why_not="several patches are on it, whose runs have not computed it together")
+def _expected_of_patches(folder: Path, state: PatchState) -> Expected:
+    if len(state.patches) != 1:
+        return Expected(UNBOUNDED, why_not="several patches are on it, whose runs have not computed it together")
     (patch,) = state.patches
     if patch.stamp is None or patch.answers is None:
-        return _Expected(UNBOUNDED, why_not=f"the patch {patch.name} was written with verify: false")
+        return Expected(UNBOUNDED, why_not=f"the patch {patch.name} was written with verify: false")
     bound = ExportRecord.of(patch.stamp, folder / STATE).bound
-    return _Expected(bound, Fingerprint.from_values(patch.answers, folder / STATE))
+    return Expected(bound, Fingerprint.from_values(patch.answers, folder / STATE))
 
 
 def _stamp(folder: Path) -> dict[str, Any]:

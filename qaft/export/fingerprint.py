@@ -37,28 +37,31 @@ class Fingerprint:
         top: the most likely next tokens, int64 [T, K].
         logits: their logits, fp64 [T, K].
         total: log of the sum of the exponentials of all logits, fp64 [T].
+        device: type of the device that computed them, as ``torch.device`` names it.
     """
 
     ids: tuple[Tensor, ...]
     top: tuple[Tensor, ...]
     logits: tuple[Tensor, ...]
     total: tuple[Tensor, ...]
+    device: str
 
     @classmethod
-    def of(cls, answered: PromptLogits) -> Fingerprint:
-        """Return the fingerprint of a model's logits."""
+    def of(cls, answered: PromptLogits, *, device: str) -> Fingerprint:
+        """Return the fingerprint of a model's logits, computed on this type of device."""
         found = [logits.double().topk(min(TOP, logits.shape[1])) for logits in answered.logits]
         return cls(
             ids=answered.ids,
             top=tuple(f.indices for f in found),
             logits=tuple(f.values for f in found),
             total=tuple(logits.double().logsumexp(1) for logits in answered.logits),
+            device=device,
         )
 
     def save(self, path: Path) -> None:
         """Write the fingerprint as JSON; numbers are written so that they are read back exactly."""
         values = {name: [t.tolist() for t in getattr(self, name)] for name in ("ids", "top", "logits", "total")}
-        path.write_text(json.dumps(values) + "\n", encoding="utf-8")
+        path.write_text(json.dumps({"device": self.device, **values}) + "\n", encoding="utf-8")
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any], where: Path) -> Fingerprint:
@@ -70,9 +73,9 @@ class Fingerprint:
         try:
             integers = [tuple(torch.tensor(v, dtype=torch.int64) for v in values[name]) for name in ("ids", "top")]
             reals = [tuple(torch.tensor(v, dtype=torch.float64) for v in values[name]) for name in ("logits", "total")]
+            return cls(*integers, *reals, device=values["device"])
         except (ValueError, KeyError, TypeError) as error:
             raise ExportError(f"{where}: is no record of an exported model ({error}); export the run again") from error
-        return cls(*integers, *reals)
 
     @classmethod
     def load(cls, path: Path) -> Fingerprint:

@@ -53,7 +53,8 @@ def publish(
                 found = verify_export(loaded, stage, written)
                 difference, rounding, reference = found.difference, found.rounding, found.reference
                 notes = found.notes()
-            Fingerprint.of(reference).save(stage / FINGERPRINT)
+            device = next(loaded.model.parameters()).device.type
+            Fingerprint.of(reference, device=device).save(stage / FINGERPRINT)
             written = replace(written, notes=(*written.notes, *notes))
         card = model_card(folder.name, section.format, written, info, difference, rounding)
         (stage / "README.md").write_text(card, encoding="utf-8")

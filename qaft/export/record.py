@@ -84,6 +84,17 @@ def read_stamp(folder: Path) -> Mapping[str, Any] | None:
         raise ExportError(f"{path}: is no record of this version ({error}); export the run again") from error
 
 
+def adapted_model(stamp: Mapping[str, Any]) -> tuple[str, str] | tuple[None, None]:
+    """Return the model that an exported adapter is put on and the dtype of that; nothing where all weights are there.
+
+    Args:
+        stamp: as ``read_stamp`` returns it.
+    """
+    if stamp["format"] != "peft":
+        return None, None
+    return stamp["base_model"], stamp["recipe"]["model"].get("dtype", "bfloat16")
+
+
 def read_record(folder: Path) -> ExportRecord | None:
     """Return the record of an exported folder, or None where there is none.
 

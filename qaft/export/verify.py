@@ -23,7 +23,7 @@ from qaft.errors import ExportError
 from qaft.evaluate.difference import Difference, PromptLogits, compare_logits, prompt_ids
 from qaft.evaluate.float32 import float_logits, native_logits
 from qaft.export.answer import CODES, INPUTS, NATIVE, PLAIN, PLAIN_CODES, part_of
-from qaft.export.base import EXACT, OTHER_DEVICE, Linear, Written
+from qaft.export.base import Linear, Written
 from qaft.export.measured import Native
 from qaft.export.sites import code_flips, input_codes, record_inputs
 from qaft.export.tensors import linear_layers, model_dtype, model_parts
@@ -170,7 +170,7 @@ def verify_export(loaded: LoadedModel, folder: Path, written: Written) -> Verifi
         flips=code_flips(codes, reloaded.codes),
         plain=_plain(reference, codes, reloaded) if reloaded.plain else None,
     )
-    bound = OTHER_DEVICE if written.bound is EXACT and device.type != live.type else written.bound
+    bound = written.bound.between(live.type, device.type)
     bound.check(found.difference)
     bound.check_codes(found.flips)
     if found.native is not None:

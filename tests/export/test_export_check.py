@@ -16,7 +16,7 @@ from tiny_export import INFO, section, trained
 from qaft.cli import main
 from qaft.errors import DifferenceError, ExportError
 from qaft.export import EXPORTERS, ExportInfo
-from qaft.export.base import Bound
+from qaft.export.base import EXACT, FLIPPING, FLOOR_16BIT, UNBOUNDED, Bound
 from qaft.export.card import STAMP
 from qaft.export.check import check_export_folder
 from qaft.export.digests import changes, digests
@@ -78,6 +78,33 @@ def test_a_program_that_computes_something_else_is_found_although_no_file_has_ch
     (copy / STAMP).write_text(json.dumps(stamp))
     with pytest.raises(DifferenceError, match="the reloaded export is not the trained model: max_relative"):
         check_export_folder(copy)
+
+
+@pytest.mark.parametrize(
+    ("device", "gap", "holds"), [("cpu", 5e-5, False), ("cuda", 5e-5, True), ("cuda", 5e-4, False)]
+)
+def test_answers_of_another_type_of_device_are_compared_with_room_for_its_sums(
+    copy: Path, device: str, gap: float, holds: bool
+) -> None:
+    recorded = json.loads((copy / FINGERPRINT).read_text())
+    assert recorded["device"] == "cpu"
+    logits = [[[value * (1 + gap) for value in token] for token in prompt] for prompt in recorded["logits"]]
+    (copy / FINGERPRINT).write_text(json.dumps({**recorded, "device": device, "logits": logits}))
+    stamp = json.loads((copy / STAMP).read_text())
+    (copy / STAMP).write_text(json.dumps({**stamp, "files": digests(copy, without=STAMP)}))
+    if holds:
+        found = check_export_folder(copy)
+        assert found.bound.max_relative == 1e-4
+        assert found.deviation is not None and 1e-5 < found.deviation.max_relative <= 1e-4
+        assert "answered on cuda, reloaded on cpu, whose kernels sum in other orders" in found.bound.reason
+    else:
+        with pytest.raises(DifferenceError, match="the reloaded export is not the trained model: max_relative"):
+            check_export_folder(copy)
+
+
+@pytest.mark.parametrize("bound", [FLIPPING, FLOOR_16BIT, UNBOUNDED])
+def test_limits_that_hold_between_devices_are_not_widened(bound: Bound) -> None:
+    assert bound.between("cpu", "cuda") is bound and EXACT.between("cpu", "cpu") is EXACT
 
 
 def test_what_was_written_without_verification_has_its_digests_alone(checkpoint: Any, tmp_path: Path) -> None:
