@@ -11,10 +11,12 @@ from rich.console import Console
 
 from qaft.build import default_device
 from qaft.commands.memory import evaluation_memory
-from qaft.commands.open import OpenedModel, open_model
+from qaft.commands.open import OpenedModel, open_model, require_whole
 from qaft.errors import DifferenceError
 from qaft.evaluate.difference import PROMPTS, compare_logits, difference_table, logits_of, prompt_ids, read_prompts
-from qaft.export.measured import Measured, compare_measured, measure, verdicts
+from qaft.export.check import Expected, expected_of
+from qaft.export.fingerprint import Fingerprint
+from qaft.export.measured import Measured, Verdict, compare_measured, logit_verdicts, measure, verdicts
 from qaft.export.record import ExportRecord, read_record
 from qaft.layers.activations import plain_activations
 
@@ -23,13 +25,16 @@ def diff_models(a: str, b: str, *, prompts: Path | None, gate: float | None) -> 
     """Print the difference of two models' logits on the same prompts, computed in fp32.
 
     Of a run and an exported folder also the limits that the export had to keep, and whether they hold. Then activations
-    are those that the export speaks of: its readers have no quantized KV cache.
+    are those that the export speaks of: its readers have no quantized KV cache. An export that rounds the weights of
+    the run is held to what the rounded ones have answered when it was written.
 
     Raises:
         DifferenceError: ``b`` is an export of the run ``a`` and exceeds a limit of its format, or the largest relative
             difference is above ``gate``; other pairs of models have no limits to keep.
+        ModelError: one of them cannot be loaded.
     """
     console = Console()
+    require_whole(b)
     texts = PROMPTS if prompts is None else read_prompts(prompts)
     first = open_model(a)
     record = None if first.run is None else read_record(Path(b))
@@ -38,15 +43,21 @@ def diff_models(a: str, b: str, *, prompts: Path | None, gate: float | None) -> 
         reference = _measure(first, ids, record, None)
     is_export = first.run is not None and record is not None and record.is_of(first.run.recipe.dump())
     del first
-    second = open_model(b)
+    second = open_model(b, exact=True)
     with evaluation_memory(f"computing logits of {b}", {}):
         found = _measure(second, ids, record, reference)
     difference = compare_logits(reference.logits, found.logits)
     console.print(difference_table(difference, a=a, b=b))
     failures = []
     if record is not None:
-        limits = verdicts(record, compare_measured(reference, found))
-        lines = [_heading(record, is_export=is_export), *(f"  {limit}" for limit in limits)]
+        lines, limits = [_heading(record, is_export=is_export)], []
+        if not record.rounded:
+            limits = verdicts(record.bound, compare_measured(reference, found))
+        elif (expected := expected_of(Path(b))).answers is None:
+            lines.append(f"  not compared: {expected.why_not}")
+        else:
+            limits = _rounded_verdicts(second, expected, expected.answers)
+        lines += [f"  {limit}" for limit in limits]
         console.print("\n".join(lines), highlight=False, soft_wrap=True)
         broken = [limit.name for limit in limits if not limit.holds]
         if broken and is_export:
@@ -58,10 +69,17 @@ def diff_models(a: str, b: str, *, prompts: Path | None, gate: float | None) -> 
 
 
 def _heading(record: ExportRecord, *, is_export: bool) -> str:
-    if record.rounded:
-        return f"bound of {record.format}: to the weights as it rounds them, which are not those of the run"
     unasked = "" if is_export else " (the folder is no export of this run, so nothing has to hold)"
-    return f"bound of {record.format}: {record.bound.reason}{unasked}"
+    rounded = "to the weights as it rounds them, which are not those of the run"
+    return f"bound of {record.format}: {rounded if record.rounded else record.bound.reason}{unasked}"
+
+
+def _rounded_verdicts(opened: OpenedModel, expected: Expected, answers: Fingerprint) -> list[Verdict]:
+    """Return a verdict for every limit to the recorded answers: the rounded weights are in no run to compare with."""
+    device = default_device()
+    with evaluation_memory(f"computing logits of {opened.name}", {}):
+        found = logits_of(opened.model, answers.ids, device=device)
+    return logit_verdicts(expected.on(device), answers.compare(found))
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from qaft.evaluate.difference import Difference, PromptLogits, compare_logits
 from qaft.evaluate.float32 import float_logits, native_logits
-from qaft.export.record import ExportRecord
+from qaft.export.base import Bound
+from qaft.export.fingerprint import Deviation
 from qaft.export.sites import code_flips, input_codes, record_inputs
 
 
@@ -96,16 +97,20 @@ class Verdict:
         return f"{self.name}: {self.value:.2e}, allowed {self.limit:.2e}: {outcome}"
 
 
-def verdicts(record: ExportRecord, found: Comparison) -> list[Verdict]:
-    """Return a verdict for every limit of an export's bound to its run; none where it rounds the weights of the run."""
-    if record.rounded:
-        return []
-    bound = record.bound
-    rows = [
-        ("max relative logit difference", found.difference.max_relative, bound.max_relative),
-        ("KL in 32 bits, nats", found.difference.kl_mean, bound.kl_mean),
-        ("codes of inputs that differ, of a layer", max(found.flips.values(), default=None), bound.flips),
-    ]
+def verdicts(bound: Bound, found: Comparison) -> list[Verdict]:
+    """Return a verdict for every limit of the bound of an export to its run."""
+    limits = logit_verdicts(bound, found.difference)
+    if found.flips and bound.flips is not None:
+        limits.append(Verdict("codes of inputs that differ, of a layer", max(found.flips.values()), bound.flips))
     if found.native is not None and bound.floor is not None:
-        rows.append(("KL in 16 bits, nats", found.native.reload, bound.floor_of(found.native.run)))
-    return [Verdict(n, value, limit) for n, value, limit in rows if value is not None and limit is not None]
+        limits.append(Verdict("KL in 16 bits, nats", found.native.reload, bound.floor_of(found.native.run)))
+    return limits
+
+
+def logit_verdicts(bound: Bound, found: Difference | Deviation) -> list[Verdict]:
+    """Return a verdict for every limit of logits in 32 bits, of whichever answers an export is compared with."""
+    rows = (
+        ("max relative logit difference", found.max_relative, bound.max_relative),
+        ("KL in 32 bits, nats", found.kl_mean, bound.kl_mean),
+    )
+    return [Verdict(name, value, limit) for name, value, limit in rows if limit is not None]

@@ -26,7 +26,7 @@ def load(folder: str, device: str, base: str | None, dtype: str | None) -> Any:
     """Return the model, in evaluation mode and unpacked.
 
     Raises:
-        SystemExit: a tensor is missing, left over or of another shape.
+        ValueError: a tensor is missing, left over or of another shape; or see ``gguf_options``.
     """
     options = gguf_options(Path(folder)) if dtype is None else {"dtype": getattr(torch, dtype)}
     answer: Any = gptq_model(folder) or AutoModelForCausalLM.from_pretrained(
@@ -34,7 +34,7 @@ def load(folder: str, device: str, base: str | None, dtype: str | None) -> Any:
     )
     model, found = answer
     if problems := {kind: sorted(map(str, names)) for kind, names in found.items() if names}:
-        raise SystemExit(f"transformers reports {problems}")
+        raise ValueError(f"transformers reports {problems}")
     if base is not None:
         # In fp32, because transformers casts adapters to the dtype of the model that they are put on.
         model = model.float()
@@ -87,7 +87,7 @@ def gguf_options(folder: Path) -> dict[str, Any]:
     file, so that they are checked, and all others from the config beside it.
 
     Raises:
-        SystemExit: the file has another frequency of positions than the config.
+        ValueError: the file has another frequency of positions than the config.
     """
     file = next(folder.glob("*.gguf"), None)
     if file is None:
@@ -96,7 +96,7 @@ def gguf_options(folder: Path) -> dict[str, Any]:
     read = {"architectures", "model_type", *GGUF_CONFIG_MAPPING[config.model_type.removesuffix("_text")].values()}
     theirs, ours = (c.rope_parameters.get("full_attention", c.rope_parameters) for c in (config, beside))
     if theirs["rope_theta"] != ours["rope_theta"]:
-        raise SystemExit(f"the file has rope_theta={theirs['rope_theta']}, the config {ours['rope_theta']}")
+        raise ValueError(f"the file has rope_theta={theirs['rope_theta']}, the config {ours['rope_theta']}")
     for key, value in beside.to_dict().items():
         if key not in read:
             setattr(config, key, value)
