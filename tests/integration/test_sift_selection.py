@@ -31,7 +31,7 @@ def test_the_first_gradients_are_the_largest_of_the_dense_ones(tiny_llama: Path,
     dense = build_run(parse_recipe({**recipe(tiny_llama, tmp_path), "update": {"kind": "dense"}}))
     # One batch holds all rows, and the order of rows changes no sum.
     batch = next(qaft.choices._calibration_batches(dense.recipe, dense.loaded, 1))
-    qaft.choices._loss_on(dense.loaded)(batch).backward()
+    qaft.choices._loss_on(dense.recipe, dense.loaded)(batch).backward()
     choice = next(iter(sparse.layers.values())).update.entry_choice(rate=0.05, entries=entries)
     for name, layer in dense.layers.items():
         gradient = layer.update.delta.grad
