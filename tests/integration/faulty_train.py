@@ -1,4 +1,7 @@
-"""launch/train.py with one rank that fails before a step: FAULT="RANK STEP KIND", KIND is kill, data or defect."""
+"""launch/train.py with one rank that fails before a step: FAULT="RANK STEP KIND", KIND is kill, data or defect.
+
+Ranks that torchrun has started again do not fail.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,8 @@ def fail() -> None:
 
 def faulty(self: TrainBatches, step: int) -> Iterator[Any]:
     for batch in from_step(self, step):
-        if os.environ.get("RANK") == RANK and batch.step == int(STEP):
+        again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        if os.environ.get("RANK") == RANK and batch.step == int(STEP) and not again:
             fail()
         yield batch
 

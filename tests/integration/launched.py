@@ -47,7 +47,11 @@ class Job:
 
     def finish(self) -> tuple[int, str]:
         """Exit code and output."""
-        output, _ = self.launcher.communicate(timeout=LIMIT)
+        try:
+            output, _ = self.launcher.communicate(timeout=LIMIT)
+        except subprocess.TimeoutExpired as stuck:
+            said = stuck.output.decode() if isinstance(stuck.output, bytes) else stuck.output
+            raise AssertionError(f"still running after {LIMIT:.0f} s:\n{said}") from None
         return self.launcher.returncode, output
 
     def processes(self) -> list[psutil.Process]:
