@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -307,6 +308,21 @@ def test_a_run_and_its_export_measure_alike(cli: Cli, recipe: Path, run_folder: 
     assert trained["tokens"] == exported["tokens"] > 0
     assert trained["exact_match"] == exported["exact_match"]
     assert trained["rows"] == 8
+
+
+def test_the_losses_of_the_two_answers_to_one_question_are_the_odds_of_one_choice(
+    cli: Cli, tiny_llama: Path, tmp_path: Path
+) -> None:
+    classes = 'data.classification={"prompt": "{text}", "verbalizers": {"0": " red", "1": " dark green"}}'
+    found = []
+    for label in (0, 1):
+        data = tmp_path / f"{label}.jsonl"
+        data.write_text(json.dumps({"text": "Box 7 is", "label": label}))
+        options = ["--data", data, "--metrics", "accuracy", "data.format=classification", classes]
+        found.append(measured(cli("eval", tiny_llama, *options)))
+    assert sum(math.exp(-one["choice_loss"]) for one in found) == pytest.approx(1)
+    assert [one["accuracy"] for one in found] == [float(one["choice_loss"] < math.log(2)) for one in found]
+    assert [one["rows"] for one in found] == [1, 1]
 
 
 def test_diff_finds_the_export_equal_and_the_base_different(cli: Cli, run_folder: Path, tiny_llama: Path) -> None:

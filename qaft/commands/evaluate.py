@@ -29,7 +29,7 @@ def _perplexity(opened: OpenedModel, section: DataSection, _: int) -> dict[str, 
 
 def _accuracy(opened: OpenedModel, section: DataSection, _: int) -> dict[str, float]:
     result = verbalizer_accuracy(opened.model, classification_items(section, opened.tokenizer))
-    return {"accuracy": result.value, "rows": result.total}
+    return {"accuracy": result.value, "choice_loss": result.choice_loss, "rows": result.total}
 
 
 def _exact_match(opened: OpenedModel, section: DataSection, max_new_tokens: int) -> dict[str, float]:
