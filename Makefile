@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 QUICKSTART_OUT ?= runs/quickstart
 
-.PHONY: install quickstart quickstart-short test test-gpu test-llama-cpp check bench clean
+.PHONY: install quickstart quickstart-short test test-long test-gpu test-llama-cpp check bench clean
 
 install: $(STAMP)
 
@@ -29,7 +29,7 @@ quickstart-short: install
 	$(BIN)/python -m qaft.quickstart --short --out $(QUICKSTART_OUT)-short
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile --durations 20 tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not long" -n 2 --dist loadfile --durations 20 tests
 
 # llama.cpp is compiled from source (5 minutes of CPU; cmake and a C++ compiler are needed) and kept in the environment.
 LLAMA_CPP := $(VENV)/.llama-cpp
@@ -41,6 +41,9 @@ $(LLAMA_CPP): $(STAMP)
 
 test-llama-cpp: $(LLAMA_CPP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m llama_cpp tests/export
+
+test-long: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -n 2 --durations 20 tests
 
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu tests

@@ -6,10 +6,10 @@ Where the numbered properties of zeroth-order training are tested:
      3 subspaces and rank              test_zeroth_order.py
      4 published code, 5 learning rate gradients/test_lozo.py
      6 momentum                        gradients/test_lozo.py
-     7 nothing to restore              here, test_replay.py
+     7 nothing to restore              here, test_zeroth_order_long.py (10,000 steps)
      8 both signs in one batch         here (fp64), test_zeroth_order.py (fp32, bf16), layers/test_probe.py
      9 batches                         test_zeroth_order.py
-    10 journal                         test_replay.py
+    10 journal                         test_replay.py, test_zeroth_order_long.py (2,000 steps)
     11 processes                       test_zeroth_order_ranks.py
     12 who learns                      test_zeroth_order.py, benchmarks/lozo_convergence.py
     13 memory and bytes written        here, benchmarks/lozo_step.py
