@@ -29,7 +29,7 @@ quickstart-short: install
 	$(BIN)/python -m qaft.quickstart --short --out $(QUICKSTART_OUT)-short
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not long" -n 2 --dist loadfile --durations 20 tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not long" -n 2 --dist loadfile --no-loadscope-reorder --durations 20 tests
 
 # llama.cpp is compiled from source (5 minutes of CPU; cmake and a C++ compiler are needed) and kept in the environment.
 LLAMA_CPP := $(VENV)/.llama-cpp

@@ -17,6 +17,14 @@ from tiny_checkpoint import write_checkpoint
 SHARED = Path(os.environ.get("QAFT_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
 
+PROCESSES = ("integration", "test_deepspeed.py", "test_ranks.py", "test_unreached.py", "test_export_memory.py")
+"""Folders and files whose tests wait for processes: started first, so that no worker is left with them at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not set(PROCESSES) & set(item.path.parts))  # a stable sort: files stay together
+
+
 def _shared(relative: str) -> Path:
     path = SHARED / relative
     if not path.exists():

@@ -43,7 +43,11 @@ def qaft(*arguments: object) -> int:
     return int(exit.value.code or 0)
 
 
-@pytest.mark.parametrize("grid", GRIDS)
+LONG = ("W8A8", "fp4")
+"""Grids whose patches are compared byte for byte in export/test_patch.py, and here only where there is time."""
+
+
+@pytest.mark.parametrize("grid", [pytest.param(g, marks=[pytest.mark.long] * (g in LONG)) for g in GRIDS])
 def test_one_base_serves_two_runs_in_turn(tiny_llama: Path, tmp_path: Path, grid: str, capsys: Any) -> None:
     runs = [train(rows_job(tiny_llama, tmp_path, name, grid, lr=lr)) for name, lr in (("a", 1e-1), ("b", 2e-1))]
     write_job(tmp_path / "a.yaml", {**rows_job(tiny_llama, tmp_path, "a", grid), "export": []})
