@@ -18,7 +18,7 @@ from torch import Tensor
 from qaft.arch import FAMILIES, arch_of, heads_of
 from qaft.bases.base import FrozenLinear, LinearSpec
 from qaft.choices import entry_choice, entry_places, layer_scores
-from qaft.errors import RecipeError, TrainingError
+from qaft.errors import TrainingError
 from qaft.gradients import SOURCES
 from qaft.layers.adapted import AdaptedLinear
 from qaft.layers.attach import attach, load_trainables
@@ -35,6 +35,7 @@ from qaft.rotations import cache_quantizer, choice_of, input_quantizer, with_rot
 from qaft.sections import KindSection
 from qaft.selection import SELECTORS
 from qaft.selection.capture import LayerScores
+from qaft.ties import shared_readers, tie
 from qaft.train.checkpoint import latest_checkpoint, read_checkpoint
 from qaft.updates import UPDATES
 
@@ -130,36 +131,12 @@ def build_run(
     layers = attach(loaded.model, selected, _adapter(recipe, loaded, scores, places))
     if adapter is not None:
         start_from(adapter, layers, loaded, sharing)
-    _tie(recipe, loaded, layers)
+    tie(recipe, loaded.source.config, layers)
     _put_online(recipe, loaded)
     loaded.model.to(device)  # pyright: ignore[reportArgumentType]
     if recipe.train.gradient_checkpointing:
         _checkpoint_activations(loaded)
     return Run(recipe=recipe, loaded=loaded, layers=layers, device=device)
-
-
-def _tie(recipe: Recipe, loaded: LoadedModel, layers: Mapping[str, AdaptedLinear]) -> None:
-    """Let updates of layers that read the same norm share parameters, where the update's options say so.
-
-    Raises:
-        RecipeError: of the layers that read a norm only some are trained.
-    """
-    if not _is_tied(recipe):
-        return
-    for norm, readers in arch_of(loaded.source.config).readers():
-        trained = [name for name in readers if name in layers]
-        if trained and len(trained) < len(readers):
-            raise RecipeError(
-                f"update.tie: {', '.join(trained)} cannot share the scaling of {norm} without "
-                f"{', '.join(sorted(set(readers) - set(trained)))}, which it would scale too; add these to "
-                "select.targets, or set update.tie to false"
-            )
-        for name in trained[1:]:
-            layers[name].update.tie_to(layers[trained[0]].update)
-
-
-def _is_tied(recipe: Recipe) -> bool:
-    return lookup(UPDATES, recipe.update.kind, where="update").is_tied(**recipe.update.options)
 
 
 def _put_online(recipe: Recipe, loaded: LoadedModel) -> None:
@@ -195,8 +172,7 @@ def _adapter(
     dtype = getattr(torch, recipe.model.dtype)
     quantizer = None if recipe.qat is None else build_quantizer(recipe.qat.weights, scale_dtype=dtype)
     known = config.model_type in FAMILIES
-    readers = arch_of(config).readers() if _is_tied(recipe) else ()
-    norms = {name: norm for norm, names in readers for name in names}
+    norms = {name: norm for norm, names in shared_readers(recipe, config) for name in names}
 
     def adapt(name: str, base: FrozenLinear) -> AdaptedLinear:
         score = scores.get(name)

@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from qaft.arch import arch_of
 from qaft.bases.base import LinearSpec
 from qaft.bases.sizes import storage_bytes
 from qaft.compat.training import PARTITIONABLE
@@ -35,6 +34,7 @@ from qaft.models.source import config_of
 from qaft.recipe import Recipe
 from qaft.registry import build_from, lookup
 from qaft.selection import SELECTORS
+from qaft.ties import shared_readers
 from qaft.train.optimizers import STATE_BYTES
 from qaft.updates import UPDATES
 from qaft.updates.base import Update
@@ -132,9 +132,7 @@ def model_size(recipe: Recipe) -> ModelSize:
 
 def _ties(recipe: Recipe, model: Any, selected: frozenset[str]) -> dict[str, bool]:
     """Return, of the layers that share parameters because they read one norm, whether another holds them already."""
-    if not lookup(UPDATES, recipe.update.kind, where="update").is_tied(**recipe.update.options):
-        return {}
-    sharing = ([name for name in readers if name in selected] for _, readers in arch_of(model.config).readers())
+    sharing = ([name for name in readers if name in selected] for _, readers in shared_readers(recipe, model.config))
     return {name: name != names[0] for names in sharing for name in names}
 
 

@@ -20,7 +20,7 @@ LEVELS = [
     {"commands"},
     {"training"},
     {"build", "plan"},
-    {"rotations", "choices", "reselection"},
+    {"rotations", "choices", "reselection", "ties"},
     {"train", "export", "selection", "data", "regularizers", "evaluate"},
     {"models"},
     {"layers"},
@@ -113,7 +113,16 @@ def test_heavy_dependencies_have_one_importer(path: Path) -> None:
 @pytest.mark.parametrize("folder", ["updates", "gradients"])
 def test_methods_do_not_know_each_other(folder: str) -> None:
     shared = {
-        "updates": {"base", "choose", "entries", "factors", "group_shuffle", "scaling", "sparse_product"},
+        "updates": {
+            "base",
+            "choose",
+            "entries",
+            "factors",
+            "group_shuffle",
+            "scaling",
+            "shared_input",
+            "sparse_product",
+        },
         "gradients": {"base", "blocks", "epsilon", "projection", "two_point"},
     }[folder]
     for path in (PACKAGE / folder).glob("*.py"):

@@ -23,6 +23,8 @@ CASES: dict[str, dict[str, Any]] = {
     "int4 qat": {"model": {"storage": "int4"}, "qat": QAT},
     "int8 fused": {"model": {"storage": "int8"}, "qat": {**QAT, "rotation": "none"}},
     "rows": {"model": {"storage": "int4", "group_size": 32}, "update": {"kind": "roco", "rows": 2, "columns": 1}},
+    "shared rotations": {"update": {"kind": "gsoft", "block": 8}, "select": {"targets": ["all"]}},
+    "a shared rotation of some": {"update": {"kind": "gsoft", "block": 8}},
     "tied scalings": {"update": {"kind": "ssb", "tie": True}, "select": {"targets": ["all"]}},
     "bf16": {"model": {"storage": "bf16", "dtype": "bfloat16"}, "train": {"param_dtype": "bfloat16"}},
 }

@@ -271,7 +271,6 @@ ROWS = {
         "export": [{"format": "patch"}],
     },
     "update of any rank x peft export": {"update": {"kind": "ssb"}, "export": [{"format": "peft"}]},
-    "tied scalings x zeroth-order source": {"update": {"kind": "ssb", "tie": True}, "gradient": {"kind": "spsa"}},
     "entries chosen by gradient x zeroth-order source": {"update": {"kind": "sift"}, "gradient": {"kind": "spsa"}},
     "double quantization x storage without block scales": {"model": {"name": "m", "double_quant": True}},
     "simulation target x export": {"qat": {"target": "simulation"}, "export": [{"format": "merged"}]},

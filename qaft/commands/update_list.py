@@ -11,8 +11,8 @@ from qaft.registry import schema_of
 from qaft.updates import UPDATES
 from qaft.updates.base import Update
 
-QV_OF_LLAMA_2_7B = ((4096, 4096),) * 64
-"""Shapes [O, I] of q_proj and v_proj in 32 layers."""
+_LAYERS, _WIDTH = 32, 4096
+"""Of Llama-2-7B, whose q_proj and v_proj are [4096, 4096] and read the same norm."""
 
 
 def update_table() -> Table:
@@ -27,14 +27,16 @@ def update_table() -> Table:
 
 def num_trainable(cls: type[Update]) -> int:
     """Return what an update with its typical options trains on q_proj and v_proj of Llama-2-7B."""
-    counts = {shape: _update(cls, *shape).num_trainable() for shape in set(QV_OF_LLAMA_2_7B)}
-    return sum(counts[shape] for shape in QV_OF_LLAMA_2_7B)
+    query, value = (_update(cls, name) for name in ("q_proj", "v_proj"))
+    if cls.is_tied(**cls.typical):
+        value.tie_to(query)
+    return _LAYERS * sum(parameter.numel() for parameter in {*query.parameters(), *value.parameters()})
 
 
-def _update(cls: type[Update], out_features: int, in_features: int) -> Update:
+def _update(cls: type[Update], name: str) -> Update:
     choice = cls.entry_choice(**cls.typical)
-    places = None if choice is None else choice.first(out_features * in_features)
-    spec = LinearSpec(name="q_proj", out_features=out_features, in_features=in_features, places=places)
+    places = None if choice is None else choice.first(_WIDTH * _WIDTH)
+    spec = LinearSpec(name=name, out_features=_WIDTH, in_features=_WIDTH, places=places)
     return cls(spec, **cls.typical)
 
 

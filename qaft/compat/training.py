@@ -163,12 +163,6 @@ TRAINING: tuple[Rule, ...] = (
         "set optim.weight_decay (the same pull for all that starts at 0), or train.deepspeed to zero0 or null",
     ),
     Rule(
-        "tied scalings x zeroth-order source",
-        lambda r: r.update.kind == "ssb" and bool(r.update.options.get("tie")) and _is_zeroth_order(r),
-        "a probe moves the parameters of one layer, and tied layers share theirs",
-        "set update.tie to false, or gradient.kind to backprop",
-    ),
-    Rule(
         "entries chosen by gradient x zeroth-order source",
         lambda r: (
             r.update.kind == "sift" and r.update.options.get("choose", "gradient") == "gradient" and _is_zeroth_order(r)

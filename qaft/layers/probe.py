@@ -44,9 +44,10 @@ def probed(
     Raises:
         ModelError: a layer sees other rows than the model (routed experts), so that signs cannot be told apart.
     """
+    shared = _names_of_shared(layers)
     with ExitStack() as hooks:
         for name, layer in layers.items():
-            own = [_of_layer(direction, f"{name}.update.") for direction in directions]
+            own = [_of_layer(direction, name, shared.get(name, {})) for direction in directions]
             if any(own):
                 probe = _Probe(name, own, epsilon, rows)
                 if layer.quantizer is None and isinstance(layer.update, FusesProbe):
@@ -57,8 +58,24 @@ def probed(
         yield
 
 
-def _of_layer(direction: Direction, prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in direction.items() if name.startswith(prefix)}
+def _of_layer(direction: Direction, layer: str, shared: Mapping[str, list[str]]) -> dict[str, Tensor]:
+    prefix = f"{layer}.update."
+    own = {name.removeprefix(prefix): value for name, value in direction.items() if name.startswith(prefix)}
+    return own | {leaf: direction[name] for leaf, names in shared.items() for name in names if name in direction}
+
+
+def _names_of_shared(layers: Mapping[str, AdaptedLinear]) -> dict[str, dict[str, list[str]]]:
+    """Return layer -> leaf -> the names of a parameter that tied layers have in common: a model has it under one."""
+    members: dict[int, list[tuple[str, str]]] = {}
+    for name, layer in layers.items():
+        for leaf in layer.update.shared:
+            members.setdefault(id(getattr(layer.update, leaf)), []).append((name, leaf))
+    found: dict[str, dict[str, list[str]]] = {}
+    for tied in members.values():
+        names = [f"{name}.update.{leaf}" for name, leaf in tied]
+        for name, leaf in tied:
+            found.setdefault(name, {})[leaf] = names
+    return found
 
 
 class _Probe:

@@ -1,6 +1,6 @@
 """A run of a two-point source as a text file: what was started from, and a few scalars for every step.
 
-    journal.jsonl   {"journal": 1, "generator", "base", "start", "recipe", "digest"}       header
+    journal.jsonl   {"journal": 2, "generator", "base", "start", "recipe", "digest"}       header
                     {"step", "c", "epsilon", "ratio", "rates", "loss", "tokens", "digest"}  one line per step
                     {"step", "parameters", "digest"}                                        with every checkpoint
 
@@ -31,7 +31,7 @@ from qaft.philox import GENERATOR
 JOURNAL = "journal.jsonl"
 """Name of the journal inside a run folder."""
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True)

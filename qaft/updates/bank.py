@@ -9,6 +9,10 @@ ever (LOZO with a finite pool of V); with a block for every period of the run it
 Each block is a parameter of its own: the others have no gradient while it is trained, so that every optimizer leaves
 them and their moments alone until they return.
 
+Layers that read the same norm share V, and compute ``V x`` once. Their U are independent, so the estimate stays
+unbiased: what the probe of one layer adds to the estimate of the other has the expectation of ``U_1 U_2^T``, 0. V is
+saved with A: what a run was trained along does not depend on how a later version draws it.
+
 Shapes: O = out_features, I = in_features, r = rank, P = blocks, R = r P.  A_p [O, r], V [R, I].
 """
 
@@ -24,6 +28,7 @@ from qaft.bases.base import LinearSpec, Matmul
 from qaft.philox import key_of, pack_bits, signs, unpack_signs
 from qaft.updates.base import LowRankFactors, Update
 from qaft.updates.factors import check_rank
+from qaft.updates.shared_input import SharedInput
 
 
 class Bank(Update):
@@ -33,6 +38,7 @@ class Bank(Update):
         spec: the layer to adapt.
         rank: r, columns that are trained at a time.
         blocks: P; with the default rank, R = 64.
+        share: one V for all trained layers that read the same norm (in families whose norms are known).
 
     Raises:
         ValueError: rank is not in [1, min(O, I)], or there is no block.
@@ -43,7 +49,12 @@ class Bank(Update):
 
     packed: Tensor
 
-    def __init__(self, spec: LinearSpec, *, rank: int = 2, blocks: int = 32) -> None:
+    @classmethod
+    def is_tied(cls, **options: object) -> bool:
+        """Return ``share``."""
+        return bool(options.get("share", True))
+
+    def __init__(self, spec: LinearSpec, *, rank: int = 2, blocks: int = 32, share: bool = True) -> None:
         super().__init__()
         check_rank(spec, rank)
         if blocks < 1:
@@ -54,11 +65,21 @@ class Bank(Update):
             nn.Parameter(torch.zeros(spec.out_features, rank, dtype=spec.dtype)) for _ in range(blocks)
         )
         key, shape = key_of(spec.seed, "basis"), torch.Size((rank, spec.in_features))
+        name = spec.reads if share and spec.reads is not None else spec.name
         # One block after the other: the first ones are the same whatever their number.
-        drawn = [signs({spec.name: shape}, key=key, step=p, device=torch.device("cpu")) for p in range(blocks)]
+        drawn = [signs({name: shape}, key=key, step=p, device=torch.device("cpu")) for p in range(blocks)]
         # One bit for each sign: 9 MB for all linear layers of 7B at R = 64.
-        packed = pack_bits(torch.cat([block[spec.name] for block in drawn]) > 0)
-        self.register_buffer("packed", packed, persistent=False)
+        self.register_buffer("packed", pack_bits(torch.cat([block[name] for block in drawn]) > 0))
+        self._projected = SharedInput()
+
+    def tie_to(self, first: Update) -> None:
+        """Project the inputs together with ``first``, whose V is the same."""
+        assert isinstance(first, Bank)
+        self._projected = first._projected.join()
+
+    def _project(self, x: Tensor) -> Tensor:
+        """Return ``V x``, [..., R]."""
+        return self._projected(x, lambda given: F.linear(given, self.basis(given.dtype)), self.packed)
 
     def basis(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
         """Return ``V`` (or some of its rows), [R, I], of +1 and -1."""
@@ -70,7 +91,7 @@ class Bank(Update):
 
     def forward(self, x: Tensor, base: Matmul) -> Tensor:
         """Return the updated output, [..., I] -> [..., O]."""
-        y, z = base(x), F.linear(x, self.basis(x.dtype))
+        y, z = base(x), self._project(x)
         # The sum inside the product: a separate one would read and write y again.
         return torch.addmm(y.flatten(0, -2), z.flatten(0, -2), self.up().to(x.dtype).T).view_as(y)
 
@@ -91,7 +112,7 @@ class Bank(Update):
         columns = [
             int(name.removeprefix("blocks.")) * self.rank + i for name in directions[0] for i in range(self.rank)
         ]
-        z = F.linear(x, self.basis(x.dtype))
+        z = self._project(x)
         stepped = steps.unsqueeze(-1) * z[..., columns].unsqueeze(-2)  # [..., G, r]
         up = self.scale * torch.cat([*self.blocks, *(u for direction in directions for u in direction.values())], dim=1)
         y = base(x)

@@ -72,11 +72,15 @@ class Update(nn.Module, ABC):
         formula: the updated weight.
         source: where the method is from.
         typical: options with which ``qaft list`` counts trainables, where the defaults train nothing.
+        shared: names of the parameters that tied updates have in common; see ``is_tied``.
+        needs_all_readers: whether tied updates are right only where all layers that read the norm have one.
     """
 
     formula: ClassVar[str]
     source: ClassVar[str]
     typical: ClassVar[Mapping[str, object]] = MappingProxyType({})
+    shared: ClassVar[tuple[str, ...]] = ()
+    needs_all_readers: ClassVar[bool] = False
 
     @classmethod
     def has_low_rank(cls) -> bool:
@@ -99,12 +103,13 @@ class Update(nn.Module, ABC):
 
     @classmethod
     def is_tied(cls, **options: object) -> bool:
-        """Return whether, with these options, layers that read the same norm share parameters."""
+        """Return whether, with these options, layers that read the same norm share parameters or what they compute."""
         return False
 
     def tie_to(self, first: Update) -> None:
-        """Use the shared parameters of ``first``, an update of the same kind that reads the same norm."""
-        raise TypeError(f"{type(self).__name__} has no parameters that layers could share")
+        """Use the shared parameters of ``first``, an update of the same kind and options that reads the same norm."""
+        for name in self.shared:
+            setattr(self, name, getattr(first, name))
 
     @abstractmethod
     def forward(self, x: Tensor, base: Matmul) -> Tensor:

@@ -9,6 +9,8 @@ Q is dense when b^2 >= I. Q multiplies the input, so a packed W0 stays as it is;
 that of the weight, and ``spec.input_scale`` has nothing to correct. Only the entries above the diagonal of S are
 parameters: as full blocks, half of them would be redundant, and Adam would move S by the same step.
 
+Layers that read the same norm share one Q, and compute ``Q x`` once: for q, k and v a third of the angles and the time.
+
 Exports hold the product, because no program that loads one would apply Q: ``merged`` in 16 bits, or packed where the
 weight was trained through a grid.
 
@@ -26,6 +28,7 @@ from qaft.bases.base import LinearSpec, Matmul
 from qaft.updates.base import Update
 from qaft.updates.group_shuffle import cayley, rotated, skew
 from qaft.updates.scaling import scaled
+from qaft.updates.shared_input import SharedInput
 
 
 class GSOFT(Update):
@@ -35,6 +38,7 @@ class GSOFT(Update):
         spec: the layer to adapt.
         block: b.
         scale: learn d; without it the update keeps all angles and lengths of the weight's rows.
+        share: one Q for all trained layers that read the same norm (in families whose norms are known).
 
     Raises:
         ValueError: block does not divide I, or is smaller than 2.
@@ -42,8 +46,14 @@ class GSOFT(Update):
 
     formula = "diag(1 + d) W0 P^T L P R"
     source = "GSOFT, arXiv 2406.10019"
+    shared = ("right", "left")
 
-    def __init__(self, spec: LinearSpec, *, block: int = 32, scale: bool = True) -> None:
+    @classmethod
+    def is_tied(cls, **options: object) -> bool:
+        """Return ``share``."""
+        return bool(options.get("share", True))
+
+    def __init__(self, spec: LinearSpec, *, block: int = 32, scale: bool = True, share: bool = True) -> None:
         super().__init__()
         size = spec.in_features
         if block < 2 or size % block:
@@ -59,6 +69,13 @@ class GSOFT(Update):
         self.right = nn.Parameter(torch.zeros(entries, dtype=spec.dtype))
         self.left = nn.Parameter(torch.zeros(entries, dtype=spec.dtype))
         self.outputs = nn.Parameter(torch.zeros(spec.out_features, dtype=spec.dtype)) if scale else None
+        self._turned = SharedInput()
+
+    def tie_to(self, first: Update) -> None:
+        """Turn the inputs as ``first`` does, together with it."""
+        super().tie_to(first)
+        assert isinstance(first, GSOFT)
+        self._turned = first._turned.join()
 
     def _change(self, entries: Tensor) -> Tensor:
         """Return each block minus I."""
@@ -81,7 +98,7 @@ class GSOFT(Update):
 
     def forward(self, x: Tensor, base: Matmul) -> Tensor:
         """Return the updated output, [..., I] -> [..., O]."""
-        y = base(self.rotate(x))
+        y = base(self._turned(x, self.rotate, self.right, self.left))
         return y if self.outputs is None else scaled(y, self.outputs)
 
     def tangent(self, x: Tensor, base: Matmul, directions: Mapping[str, Tensor]) -> Tensor:

@@ -34,6 +34,10 @@ class SSB(Update):
 
     formula = "diag(1 + d_out) W0 diag(1 + d_in)"
     source = "See Further for PEFT, arXiv 2407.05417"
+    shared = ("inputs",)
+    needs_all_readers = True
+
+    inputs: nn.Parameter | None
 
     @classmethod
     def is_tied(cls, **options: object) -> bool:
@@ -46,11 +50,6 @@ class SSB(Update):
         inputs = nn.Parameter(torch.zeros(spec.in_features, dtype=spec.dtype)) if scales_inputs else None
         self.register_parameter("inputs", inputs)
         self.outputs = nn.Parameter(torch.zeros(spec.out_features, dtype=spec.dtype))
-
-    def tie_to(self, first: Update) -> None:
-        """Scale the inputs as ``first`` does."""
-        assert isinstance(first, SSB)
-        self.inputs = first.inputs
 
     def _scaled_inputs(self, x: Tensor) -> Tensor:
         return x if self.inputs is None else scaled(x, self.inputs)

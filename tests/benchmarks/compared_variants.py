@@ -45,8 +45,9 @@ def _sift(rate: float, entries: str, *budgets: str) -> Variant:
     return Variant(name=name, kind="sift", options=options, budgets=budgets, lr=1e-3)
 
 
-def _gsoft(block: int, *budgets: str) -> Variant:
-    return Variant(name="gsoft", kind="gsoft", options={"block": block}, budgets=budgets, lr=8e-4)
+def _gsoft(block: int, *budgets: str, apart: bool = False) -> Variant:
+    options = {"block": block, **({"share": False} if apart else {})}
+    return Variant(name="gsoft", kind="gsoft", options=options, budgets=budgets, lr=8e-4)
 
 
 def _rows(count: int, *budgets: str) -> Variant:
@@ -63,7 +64,7 @@ def variants(size: Mapping[str, int], *, ties: bool) -> list[Variant]:
 
     Args:
         size: of its linear layers: ``weights``, ``inputs`` and ``outputs``, summed.
-        ties: whether scalings of layers that read one norm can be shared.
+        ties: whether layers that read one norm can share scalings and rotations; a budget is then met apart.
     """
     small = (size["inputs"] + size["outputs"]) / size["weights"]
     lora = {rank: {"rank": rank, "alpha": 2.0 * rank} for rank in (1, 8)}
@@ -86,13 +87,13 @@ def variants(size: Mapping[str, int], *, ties: bool) -> list[Variant]:
         _columns(2, "small"),
         _sift(small, "entry", "small"),
         _sift(small, "block64", "small"),
-        _gsoft(2, "small"),
+        _gsoft(2, "small", apart=ties),
         Variant(name="linchain", kind="linchain", options=lora[1], budgets=("small",), lr=2.5e-4),
         _rows(16, "rank 8"),
         _columns(16, "rank 8"),
         _sift(8 * small, "entry", "rank 8"),
         _sift(8 * small, "block64", "rank 8"),
-        _gsoft(16, "rank 8"),
+        _gsoft(16, "rank 8", apart=ties),
     ]
 
 

@@ -12,7 +12,7 @@ from qaft.updates import UPDATES
 COUNTS = {
     "bank": 64 * 64 * 4096,
     "dense": 1_073_741_824,
-    "gsoft": 64 * (4096 * 31 + 4096),
+    "gsoft": 32 * 4096 * 31 + 64 * 4096,  # q and v share their rotation
     "ia3": 262_144,
     "linchain": 4_194_304 + 64 * 2 * 64,
     "lowrank": 4_194_304,

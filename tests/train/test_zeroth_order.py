@@ -82,6 +82,16 @@ UPDATES: dict[str, dict[str, Any]] = {
     "lowrank": {"update": {"kind": "lowrank", "rank": 3}, "gradient": {"kind": "spsa", "epsilon": EPS}},
     "dense": {"update": {"kind": "dense"}, "gradient": {"kind": "mezo", "epsilon": EPS}},
     "scaling": {"update": {"kind": "ssb"}, "gradient": {"kind": "spsa", "epsilon": EPS}},
+    "shared rotations": {
+        "update": {"kind": "gsoft", "block": 8},
+        "gradient": {"kind": "spsa", "epsilon": EPS},
+        "select": {"targets": ["all"]},
+    },
+    "tied scalings": {
+        "update": {"kind": "ssb", "tie": True},
+        "gradient": {"kind": "spsa", "epsilon": EPS},
+        "select": {"targets": ["all"]},
+    },
     "bank on nf4": {"model": {"storage": "nf4"}},
 }
 

@@ -18,7 +18,7 @@ from zeroth_order_ranks import CASES, recipe
 from qaft.build import restore_run
 from qaft.commands.replay import replay_journal
 from qaft.errors import TrainingError
-from qaft.layers.attach import trainable_parameters
+from qaft.layers.attach import trainable_parameters, update_buffers
 from qaft.train.checkpoint import latest_checkpoint, read_checkpoint
 from qaft.train.journal import JOURNAL, read_journal
 from qaft.train.replay import check_parameters
@@ -64,7 +64,8 @@ def test_one_process_rebuilds_from_the_journal_what_two_have_trained(
     together: Path, tiny_llama: Path, tmp_path: Path, case: str
 ) -> None:
     out = replay_journal(together / case / "run", base=str(tiny_llama), out=tmp_path / "out", console=quiet())
-    rebuilt = trainable_parameters(restore_run(out).loaded.model)
+    model = restore_run(out).loaded.model
+    rebuilt = {**trainable_parameters(model), **update_buffers(model)}
     for name, value in trained(together / case / "run").items():
         assert torch.equal(rebuilt[name], value)
 
