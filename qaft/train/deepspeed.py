@@ -232,17 +232,14 @@ class DeepSpeedEngine:
 
     def release(self) -> None:
         """Leave an ordinary module: whole parameters, no hooks, frozen parameters in their places; collective."""
-        values: dict[int, Tensor] = {}
+        whole: dict[int, nn.Parameter] = {}
         for param in self._trained():
             with self._gathered(param):
-                values[id(param)] = param.detach().clone()
+                whole[id(param)] = nn.Parameter(param.detach().clone())
         self._engine.destroy()
         for module in self._module.modules():
             # Stage 3 has put another mapping there, which gathers what it returns, and its marks on the parameters.
-            module._parameters = {
-                name: nn.Parameter(values[id(param)]) if id(param) in values else param
-                for name, param in list(module._parameters.items())
-            }
+            module._parameters = {name: whole.get(id(param), param) for name, param in list(module._parameters.items())}
         show_frozen(self._hidden)
 
     def wait(self) -> None:

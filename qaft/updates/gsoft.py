@@ -38,7 +38,8 @@ class GSOFT(Update):
         spec: the layer to adapt.
         block: b.
         scale: learn d; without it the update keeps all angles and lengths of the weight's rows.
-        share: one Q for all trained layers that read the same norm (in families whose norms are known).
+        share: one Q for all trained layers that read the same norm (in families whose norms are known); its learning
+            rate is that of the first of them.
 
     Raises:
         ValueError: block does not divide I, or is smaller than 2.
