@@ -1,11 +1,11 @@
 """What each update costs beside LoRA of rank 8: processor time of a layer's forward and backward pass, and of a step.
 
-    python tests/benchmarks/update_cost.py [--model FOLDER] [--threads 1] [--rounds 5]
+    python tests/benchmarks/update_cost.py [--model FOLDER] [--kinds gsoft ssb] [--threads 1] [--rounds 5]
 
 Layers are square, on a frozen base in the given dtype; every update has been moved off its start. Times are the least of
 ``--rounds`` rounds over all updates in turn, so that what else the machine does meets them all. ``kept`` is what autograd
 keeps per token besides parameters, in bytes over those of the layer's input. With ``--model``, also whole training steps
-(forward, backward, no optimizer) of a causal LM with updates on all linear layers of its blocks.
+(forward, backward, no optimizer) of a causal LM with updates on ``--targets``, by default all linear layers of its blocks.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 SHAPES = ((1024, 512), (4096, 256))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-MODEL_ROWS, MODEL_LENGTH = 4, 64
+MODEL_ROWS = 4
 
 Step = Callable[[], None]
 
@@ -87,17 +87,22 @@ def layers_table(size: int, tokens: int, dtype: str, rounds: int) -> None:
         print(f"| {name} | {found:.2f} | {found / times['lowrank, rank 8']:.2f} | {kept:.2f} |", flush=True)
 
 
-def model_step(folder: str, kind: str, options: Mapping[str, Any]) -> Step:
-    """Return a step of a causal LM on random tokens."""
+def model_step(folder: str, kind: str, options: Mapping[str, Any], *, targets: Sequence[str], length: int) -> Step:
+    """Return a step of a causal LM on random tokens, ``length`` in a row."""
     from qaft.build import build_run
     from qaft.train.loss import CausalLoss
 
     recipe = parse_recipe(
-        {"model": {"name": folder}, "update": {"kind": kind, **options}, "train": {"output": tempfile.mkdtemp()}}
+        {
+            "model": {"name": folder},
+            "select": {"targets": list(targets)},
+            "update": {"kind": kind, **options},
+            "train": {"output": tempfile.mkdtemp()},
+        }
     )
     loaded = build_run(recipe).loaded
     loss = CausalLoss(loaded.model)
-    ids = torch.randint(loaded.source.config.vocab_size, (MODEL_ROWS, MODEL_LENGTH))
+    ids = torch.randint(loaded.source.config.vocab_size, (MODEL_ROWS, length))
 
     def step() -> None:
         loss(ids, ids).backward()
@@ -106,13 +111,16 @@ def model_step(folder: str, kind: str, options: Mapping[str, Any]) -> Step:
     return step
 
 
-def model_table(folder: str, rounds: int) -> None:
+def model_table(folder: str, rounds: int, kinds: Sequence[str], **scope: Any) -> None:
     """Print the table of a model; one update in memory at a time, with LoRA before and after each."""
-    cases = {name: case for name, case in CASES.items() if not name.startswith("lowrank")}
-    lora = model_step(folder, *CASES["lowrank, rank 8"])
-    print(f"\nmodel step, {MODEL_ROWS} x {MODEL_LENGTH} tokens, bf16\n\n| update | ms | ratio |\n|---|--:|--:|")
+    cases = {name: case for name, case in CASES.items() if case[0] != "lowrank" and case[0] in kinds}
+    lora = model_step(folder, *CASES["lowrank, rank 8"], **scope)
+    print(
+        f"\nmodel step, {MODEL_ROWS} x {scope['length']} tokens, bf16, {' and '.join(scope['targets'])} linear layers"
+    )
+    print("\n| update | ms | ratio |\n|---|--:|--:|")
     for name, (kind, options) in cases.items():
-        times = best_times({"lora": lora, "update": model_step(folder, kind, options)}, rounds)
+        times = best_times({"lora": lora, "update": model_step(folder, kind, options, **scope)}, rounds)
         print(f"| {name} | {times['update']:.0f} | {times['update'] / times['lora']:.2f} |", flush=True)
 
 
@@ -122,7 +130,10 @@ def main() -> None:
     parser.add_argument("--model", help="causal LM; default: layers only")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--kinds", nargs="+", default=list(UPDATES), help="of updates in the table of the model")
+    parser.add_argument("--targets", nargs="+", default=["all"], help="linear layers of the model")
+    parser.add_argument("--length", type=int, default=64, help="tokens in a row of the model's batch")
+    parser.add_argument("--dtypes", nargs="*", choices=DTYPES, default=list(DTYPES), help="of layers; none: no layers")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(f"Command: `python tests/benchmarks/update_cost.py {' '.join(sys.argv[1:])}`")
@@ -131,7 +142,8 @@ def main() -> None:
         for dtype in arguments.dtypes:
             layers_table(size, tokens, dtype, arguments.rounds)
     if arguments.model:
-        model_table(arguments.model, max(1, arguments.rounds // 2))
+        scope = {"targets": arguments.targets, "length": arguments.length}
+        model_table(arguments.model, max(1, arguments.rounds // 2), arguments.kinds, **scope)
 
 
 if __name__ == "__main__":
