@@ -46,7 +46,12 @@ set +m
 [[ -z $pending ]] || to_group "$pending" || true
 
 code=0
-wait "$group" 2>/dev/null || code=$?
+# Not one long wait: a signal that comes just before it would leave it waiting for a command that ignores the signal.
+while ((signal_code == 0)) && kill -0 "$group" 2>/dev/null; do
+  sleep 0.2 &
+  wait "$!" || true
+done
+((signal_code)) || wait "$group" 2>/dev/null || code=$?
 # Trackers and the like may need a moment to follow their launcher.
 if ((signal_code == 0)) && ! empty_within 2; then
   code=$((code ? code : 1))

@@ -7,12 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from launched import LIMIT, ROOT, TRAIN
 
 LAUNCH = ROOT / "launch"
+RUN_GROUP = LAUNCH / "run_group.sh"
+STUBBORN = "trap '' TERM; echo $BASHPID; while :; do sleep 0.05; done"
 SCRIPTS = ["single_gpu.sh", "multi_gpu.sh", "multi_node.sh", "slurm.sbatch"]
 DEEPSPEED = ["-m", "deepspeed.launcher.runner"]
 TORCHRUN = ["-m", "torch.distributed.run"]
@@ -169,13 +173,23 @@ def test_what_is_missing_or_impossible_is_named(
     assert message in done.stderr
 
 
-def group(*command: str, grace: str = "20") -> subprocess.Popen[str]:
-    environment = {**os.environ, "GRACE": grace}
-    script = [str(LAUNCH / "run_group.sh"), *command]
+@contextmanager
+def group(*command: str, grace: str = "20", script: Path = RUN_GROUP) -> Iterator[subprocess.Popen[str]]:
+    process = started([str(script), *command], {**os.environ, "GRACE": grace})
+    with process:
+        try:
+            yield process
+            process.wait(timeout=LIMIT)
+        finally:
+            # A script that waits for ever is a failure, and not of all tests after it.
+            process.kill()
+
+
+def started(command: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
     # Background jobs of a shell start with SIGINT ignored, and a shell cannot trap what was ignored when it started.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        return subprocess.Popen(script, env=environment, stdout=subprocess.PIPE, text=True)
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -215,6 +229,20 @@ def test_a_signal_while_the_command_starts_is_not_lost() -> None:
         assert process.returncode == 143
 
 
+def test_a_signal_just_before_the_script_waits_starts_the_grace(tmp_path: Path) -> None:
+    text, waits = RUN_GROUP.read_text(), "\ncode=0\n"
+    assert text.count(waits) == 1
+    slow = tmp_path / "run_group.sh"
+    slow.write_text(text.replace(waits, f"\nsleep 1{waits}"))
+    slow.chmod(0o755)
+    with group("bash", "-c", STUBBORN, grace="1", script=slow) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=LIMIT)
+    assert process.returncode == 143
+
+
 def test_the_exit_code_is_the_launchers() -> None:
     for code in (0, 7):
         with group("bash", "-c", f"exit {code}") as process:
@@ -231,7 +259,7 @@ def test_a_launcher_that_leaves_processes_behind_has_failed_and_they_end() -> No
 
 
 def test_what_ignores_sigterm_is_killed_after_the_grace() -> None:
-    with group("bash", "-c", "trap '' TERM; echo $BASHPID; while :; do sleep 0.05; done", grace="1") as process:
+    with group("bash", "-c", STUBBORN, grace="1") as process:
         assert process.stdout is not None
         stubborn = int(process.stdout.readline())
         process.send_signal(signal.SIGTERM)
