@@ -146,6 +146,12 @@ def _target_losses(
     return losses
 
 
+def group_sums(losses: Tensor, groups: Tensor, *, count: int) -> Tensor:
+    """Return the sums of ``losses`` [N] by their ``groups`` [N], fp64 [count]."""
+    sums = torch.zeros(count, dtype=torch.float64, device=losses.device)
+    return sums.index_add_(0, groups, losses.double())
+
+
 class CausalLoss(nn.Module):
     """A transformers causal language model as ``batch -> sum of losses over targets``; what an engine wraps.
 
@@ -244,8 +250,7 @@ class CausalLoss(nn.Module):
         vocabulary = self.model.config.get_text_config().vocab_size
         head = self.model.get_output_embeddings()
         losses = _target_losses(hidden, targets, head, self.softcap, self.logits_per_chunk, vocabulary)
-        sums = torch.zeros(int(groups.max()) + 1, dtype=torch.float64, device=losses.device)
-        return sums.index_add_(0, groups[:, 1:][has_target], losses.double())
+        return group_sums(losses, groups[:, 1:][has_target], count=int(groups.max()) + 1)
 
     def hidden_states(self, input_ids: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
         """Return the decoder's last hidden states, [B, T, H]; a mask may be one of four axes, [B, 1, T, T]."""

@@ -10,13 +10,12 @@ Shapes: B = rows, T = tokens of a row, S = places where something is predicted, 
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qaft.models.tree_mask import tree_mask
 from qaft.sections import DataSection
-from qaft.train.loss import IGNORE_INDEX, CausalLoss
+from qaft.train.loss import IGNORE_INDEX, CausalLoss, group_sums
 
 
 class OptionsLoss(nn.Module):
@@ -59,9 +58,8 @@ class OptionsLoss(nn.Module):
         scores = log_probs.where(is_token, 0.0).sum(1)  # [B, K]
         if groups is None:
             return F.cross_entropy(scores, chosen, ignore_index=IGNORE_INDEX, reduction="sum")
-        losses = F.cross_entropy(scores, chosen, ignore_index=IGNORE_INDEX, reduction="none").double()
-        sums = torch.zeros(int(groups.max()) + 1, dtype=torch.float64, device=losses.device)
-        return sums.index_add_(0, groups.squeeze(1), losses)
+        losses = F.cross_entropy(scores, chosen, ignore_index=IGNORE_INDEX, reduction="none")
+        return group_sums(losses, groups.squeeze(1), count=int(groups.max()) + 1)
 
 
 TaskLoss = CausalLoss | OptionsLoss

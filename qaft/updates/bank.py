@@ -28,7 +28,6 @@ from qaft.bases.base import LinearSpec, Matmul
 from qaft.philox import key_of, pack_bits, signs, unpack_signs
 from qaft.updates.base import LowRankFactors, Update
 from qaft.updates.factors import check_rank
-from qaft.updates.shared_input import SharedInput
 
 
 class Bank(Update):
@@ -70,16 +69,10 @@ class Bank(Update):
         drawn = [signs({name: shape}, key=key, step=p, device=torch.device("cpu")) for p in range(blocks)]
         # One bit for each sign: 9 MB for all linear layers of 7B at R = 64.
         self.register_buffer("packed", pack_bits(torch.cat([block[name] for block in drawn]) > 0))
-        self._projected = SharedInput()
-
-    def tie_to(self, first: Update) -> None:
-        """Project the inputs together with ``first``, whose V is the same."""
-        assert isinstance(first, Bank)
-        self._projected = first._projected.join()
 
     def _project(self, x: Tensor) -> Tensor:
         """Return ``V x``, [..., R]."""
-        return self._projected(x, lambda given: F.linear(given, self.basis(given.dtype)), self.packed)
+        return self.of_input(x, lambda given: F.linear(given, self.basis(given.dtype)), self.packed)
 
     def basis(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
         """Return ``V`` (or some of its rows), [R, I], of +1 and -1."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 from typing import ClassVar, Protocol, runtime_checkable
 
@@ -20,6 +21,7 @@ from torch.func import functional_call
 
 from qaft.bases.base import Matmul
 from qaft.updates.entries import EntryChoice
+from qaft.updates.shared_input import SharedInput
 
 _DIFFERENCE = 2.0**-8
 """Step of a numerical derivative: the error of the second order and that of fp32 rounding are both about 1e-5."""
@@ -82,6 +84,11 @@ class Update(nn.Module, ABC):
     shared: ClassVar[tuple[str, ...]] = ()
     needs_all_readers: ClassVar[bool] = False
 
+    @cached_property
+    def of_input(self) -> SharedInput:
+        """Computes once, for all tied updates, what each of them needs of the input."""
+        return SharedInput()
+
     @classmethod
     def has_low_rank(cls) -> bool:
         """Return whether the change of the weight is a product of two thin factors, which a LoRA file can hold."""
@@ -107,9 +114,10 @@ class Update(nn.Module, ABC):
         return False
 
     def tie_to(self, first: Update) -> None:
-        """Use the shared parameters of ``first``, an update of the same kind and options that reads the same norm."""
+        """Share with ``first``, an update of the same kind and options that reads the same norm."""
         for name in self.shared:
             setattr(self, name, getattr(first, name))
+        self.of_input = first.of_input.join()
 
     @abstractmethod
     def forward(self, x: Tensor, base: Matmul) -> Tensor:

@@ -28,7 +28,6 @@ from qaft.bases.base import LinearSpec, Matmul
 from qaft.updates.base import Update
 from qaft.updates.group_shuffle import cayley, rotated, skew
 from qaft.updates.scaling import scaled
-from qaft.updates.shared_input import SharedInput
 
 
 class GSOFT(Update):
@@ -70,13 +69,6 @@ class GSOFT(Update):
         self.right = nn.Parameter(torch.zeros(entries, dtype=spec.dtype))
         self.left = nn.Parameter(torch.zeros(entries, dtype=spec.dtype))
         self.outputs = nn.Parameter(torch.zeros(spec.out_features, dtype=spec.dtype)) if scale else None
-        self._turned = SharedInput()
-
-    def tie_to(self, first: Update) -> None:
-        """Turn the inputs as ``first`` does, together with it."""
-        super().tie_to(first)
-        assert isinstance(first, GSOFT)
-        self._turned = first._turned.join()
 
     def _change(self, entries: Tensor) -> Tensor:
         """Return each block minus I."""
@@ -99,7 +91,7 @@ class GSOFT(Update):
 
     def forward(self, x: Tensor, base: Matmul) -> Tensor:
         """Return the updated output, [..., I] -> [..., O]."""
-        y = base(self._turned(x, self.rotate, self.right, self.left))
+        y = base(self.of_input(x, self.rotate, self.right, self.left))
         return y if self.outputs is None else scaled(y, self.outputs)
 
     def tangent(self, x: Tensor, base: Matmul, directions: Mapping[str, Tensor]) -> Tensor:

@@ -135,6 +135,6 @@ def test_an_input_is_projected_once_with_the_bits_of_layers_apart(
         expected = run.loaded.model(input_ids=TOKENS).logits
         assert len(calls) == 3 * 4
         for layer in run.layers.values():
-            layer.update._projected = SharedInput()
+            layer.update.of_input = SharedInput()
         assert torch.equal(run.loaded.model(input_ids=TOKENS).logits, expected)
     assert len(calls) == 3 * (4 + 7)
