@@ -37,7 +37,6 @@ class Task:
     batch_size: int
     rows: int
     longest: Mapping[str, int] = field(default_factory=dict)
-    digits: int = 1
 
     @property
     def classifies(self) -> bool:
@@ -51,12 +50,17 @@ def _verbalized(prompt: str, options: Mapping[str, str], max_length: int) -> dic
 
 
 TASKS = {
-    "mr": Task(data=_verbalized("{sentence} It was", {"0": " terrible", "1": " great"}, 128), batch_size=16, rows=300),
+    "mr": Task(
+        data=_verbalized("{sentence} It was", {"0": " terrible", "1": " great"}, 128),
+        batch_size=8,
+        rows=250,
+        longest={"sentence": 100},
+    ),
     "boolq": Task(
         data=_verbalized("{passage}\nQuestion: {question}?\nAnswer:", {"0": " no", "1": " yes"}, 192),
-        batch_size=8,
-        rows=200,
-        longest={"passage": 450},
+        batch_size=4,
+        rows=94,
+        longest={"passage": 300},
     ),
     "gsm8k": Task(
         data={
@@ -65,9 +69,9 @@ TASKS = {
             "chat_template": "plain",
             "max_length": 256,
         },
-        batch_size=4,
-        rows=64,
-        digits=3,
+        batch_size=2,
+        rows=40,
+        longest={"question": 250, "answer": 300},
     ),
 }
 
@@ -120,12 +124,12 @@ class Decoder:
             }
 
     def trial(self, variant: Variant, lr: float, *, steps: int) -> float:
-        """Return the mean loss of the last third of a short training on MR, with half of the rows in a batch.
+        """Return the mean loss of the last third of a short training on MR.
 
         A run that diverges has an infinite loss.
         """
         with tempfile.TemporaryDirectory() as folder:
-            recipe = self._recipe("mr", variant, lr, 1000, Path(folder), steps=steps, share=2)
+            recipe = self._recipe("mr", variant, lr, 1000, Path(folder), steps=steps)
             training = prepare_training(build_run(recipe))
             try:
                 fit(training, start_state(training))
@@ -134,9 +138,7 @@ class Decoder:
             losses = [record["loss"] for record in steps_of(training.folder)]
         return statistics.mean(losses[-(len(losses) // 3) :])
 
-    def _recipe(
-        self, task: str, variant: Variant, lr: float, seed: int, folder: Path, *, steps: int = 0, share: int = 1
-    ) -> Recipe:
+    def _recipe(self, task: str, variant: Variant, lr: float, seed: int, folder: Path, *, steps: int = 0) -> Recipe:
         settings = TASKS[task]
         files = {part: str(self._rows(task, part, folder)) for part in ("train", "valid")}
         steps = steps or self.steps
@@ -149,7 +151,7 @@ class Decoder:
                 "data": {"packing": False, **settings.data, **files},
                 "train": {
                     "steps": steps,
-                    "batch_size": settings.batch_size // share,
+                    "batch_size": settings.batch_size,
                     "seed": seed,
                     "eval_batches": 1,
                     "output": str(folder / "run"),

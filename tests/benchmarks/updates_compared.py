@@ -107,12 +107,8 @@ def _rate_at(variant: Variant, exponent: int) -> float:
 def wanted(model: Model, arguments: argparse.Namespace) -> Iterator[tuple[str, int, str]]:
     """Yield (task, seed, budget), the most telling first."""
     tasks = [task for task in model.tasks if not arguments.tasks or task in arguments.tasks]
-    first, *others = arguments.seeds
-    yield from ((task, first, "default") for task in tasks[:1])
-    yield from ((task, first, budget) for task in tasks[:1] for budget in ("small", "rank 8"))
-    yield from ((task, first, "default") for task in tasks[1:])
-    yield from ((task, seed, budget) for seed in others for task in tasks for budget in ("default", "small", "rank 8"))
-    yield from ((task, first, budget) for task in tasks[1:] for budget in ("small", "rank 8"))
+    yield from ((task, seed, "default") for seed in arguments.seeds for task in tasks)
+    yield from ((task, seed, budget) for task in tasks for seed in arguments.seeds for budget in ("small", "rank 8"))
 
 
 def run(model: Model, cells: Cells, arguments: argparse.Namespace) -> None:
@@ -150,7 +146,7 @@ def main() -> None:
     parser.add_argument("--model", help="causal LM")
     parser.add_argument("--encoder", help="BERT-like encoder, mr only")
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--encoder-steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tasks", nargs="+", default=[])
