@@ -115,9 +115,11 @@ def test_methods_do_not_know_each_other(folder: str) -> None:
     shared = {
         "updates": {
             "base",
+            "block_product",
             "choose",
             "entries",
             "factors",
+            "features_first",
             "group_shuffle",
             "scaling",
             "shared_input",

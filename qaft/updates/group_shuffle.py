@@ -1,4 +1,4 @@
-"""``Q x`` for ``Q = P^T L P R`` with Cayley blocks: x is kept for backward, and the blocks are made again there.
+"""``Q x`` for ``Q = P^T L P R`` with Cayley blocks: x and the inverses M are kept for backward.
 
     block = I + C,    C = 2 S M,    M = (I - S)^-1,    dC = 2 M dS M
 
@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from qaft.updates.features_first import features_first, tokens_first
 
 
 def skew(entries: Tensor, block: int) -> Tensor:
@@ -34,6 +36,11 @@ def cayley(entries: Tensor, block: int) -> tuple[Tensor, Tensor]:
     matrix = skew(entries, block)
     inverse = torch.linalg.inv(torch.eye(block, dtype=matrix.dtype, device=matrix.device) - matrix)
     return 2 * matrix @ inverse, inverse
+
+
+def _changes(entries: Tensor, inverse: Tensor) -> Tensor:
+    """Return C of ``cayley`` from M."""
+    return 2 * skew(entries, inverse.shape[-1]) @ inverse
 
 
 def _gradient_of_entries(gradient: Tensor, inverse: Tensor, entries: Tensor) -> Tensor:
@@ -60,27 +67,28 @@ def _unshuffled(x: Tensor) -> Tensor:
 
 
 def _grouped(x: Tensor, block: int) -> Tensor:
-    return x.flatten(0, -2).T.contiguous().view(-1, block, x.shape[:-1].numel())
+    return features_first(x).view(-1, block, x.shape[:-1].numel())
 
 
 class _Rotated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, right: Tensor, left: Tensor, block: int) -> Tensor:
-        ctx.save_for_backward(x, right, left)
+        (c_right, m_right), (c_left, m_left) = cayley(right, block), cayley(left, block)
+        ctx.save_for_backward(x, right, left, m_right, m_left)
         ctx.block = block
-        turned = _shuffled(_plus(_grouped(x, block), cayley(right, block)[0]))
-        return _unshuffled(_plus(turned, cayley(left, block)[0])).flatten(0, 1).T.reshape(x.shape)
+        turned = _shuffled(_plus(_grouped(x, block), c_right))
+        return tokens_first(_unshuffled(_plus(turned, c_left)).flatten(0, 1), x.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        x, right, left = ctx.saved_tensors
-        (c_right, m_right), (c_left, m_left) = cayley(right, ctx.block), cayley(left, ctx.block)
+        x, right, left, m_right, m_left = ctx.saved_tensors
+        c_right, c_left = _changes(right, m_right), _changes(left, m_left)
         features = _grouped(x, ctx.block)
         outer = _shuffled(_grouped(grad_outputs[0], ctx.block))
         inner = _unshuffled(_plus(outer, c_left.mT))
         grad_x = grad_right = grad_left = None
         if ctx.needs_input_grad[0]:
-            grad_x = _plus(inner, c_right.mT).flatten(0, 1).T.reshape(x.shape)
+            grad_x = tokens_first(_plus(inner, c_right.mT).flatten(0, 1), x.shape[:-1])
         if ctx.needs_input_grad[1]:
             grad_right = _gradient_of_entries(inner @ features.mT, m_right, right)
         if ctx.needs_input_grad[2]:

@@ -31,7 +31,7 @@ from qaft.updates.scaling import scaled
 
 
 class GSOFT(Update):
-    """``y = (1 + d) W0 (Q x)``; I (b - 1) + O trainables, and ``x`` and ``W0 Q x`` are kept for backward.
+    """``y = (1 + d) W0 (Q x)``; I (b - 1) + O trainables; ``x``, ``W0 Q x`` and 2 I b scalars are kept for backward.
 
     Args:
         spec: the layer to adapt.
@@ -86,7 +86,7 @@ class GSOFT(Update):
         return x.unflatten(-1, (self.block, self.num_blocks)).mT.flatten(-2)
 
     def rotate(self, x: Tensor) -> Tensor:
-        """Return ``Q x`` along the last axis, [..., I], in the dtype of x; x alone is kept for backward."""
+        """Return ``Q x`` along the last axis, [..., I], in the dtype of x, keeping x and 2 I b scalars for backward."""
         return rotated(x, self.right, self.left, block=self.block)
 
     def forward(self, x: Tensor, base: Matmul) -> Tensor:

@@ -3,8 +3,9 @@
     W = W0 + c scatter(places, v)                     (SIFT, arXiv 2312.11875, section 3; c = spec.input_scale)
 
 The values are ordinary parameters, so that any optimizer steps them as it would step the masked dense weight, and
-nothing of the size of the weight outlives a product. Up to ``SPARSE_RATE`` the change is multiplied as a sparse matrix;
-above, it is scattered in the forward pass, and again in the backward pass, where v's gradient is gathered from g^T x.
+nothing of the size of the weight outlives a product. Up to ``SPARSE_RATE`` the change is multiplied as a sparse matrix,
+of entries or of blocks; above, it is scattered in the forward pass, and again in the backward pass, where v's gradient
+is gathered from g^T x.
 
 Shapes: O = out_features, I = in_features, n places of w consecutive entries.  v [n, w].
 """
@@ -20,8 +21,9 @@ from torch import Tensor, nn
 from qaft.bases.base import LinearSpec, Matmul
 from qaft.bases.rebuilt import rebuilt_linear
 from qaft.updates.base import Update
-from qaft.updates.entries import WIDTHS, EntryChoice
-from qaft.updates.sparse_product import by_column, sparse_linear
+from qaft.updates.block_product import block_linear, column_counts
+from qaft.updates.entries import WIDTHS, EntryChoice, by_column
+from qaft.updates.sparse_product import sparse_linear
 
 CHOICES = ("gradient", "magnitude", "random")
 
@@ -79,9 +81,9 @@ class Sift(Update):
         self.register_buffer("places", _places(spec, choice))
         is_sparse = self.places.numel() * choice.width <= SPARSE_RATE * self.out_features * self.in_features
         # Not saved: it follows from the places.
-        order = by_column(self.places, choice.width, self.in_features) if is_sparse else None
-        self.register_buffer("order", order, persistent=False)
-        self._ordered = (self.places.data_ptr(), self.places._version)
+        self.register_buffer("order", torch.empty_like(self.places) if is_sparse else None, persistent=False)
+        self._counts: tuple[int, ...] = ()
+        self._ordered: tuple[int, int] | None = None
         self.values = nn.Parameter(torch.zeros(self.places.numel(), choice.width, dtype=spec.dtype))
 
     def _change(self, values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -95,15 +97,22 @@ class Sift(Update):
         """Return the updated output, [..., I] -> [..., O]."""
         if self.order is None:
             return base(x) + rebuilt_linear(x, lambda: self._change(self.values, x.dtype), None, self.values)
-        shape = (self.out_features, self.in_features)
         order = self._order_by_column(self.order)
-        return base(x) + sparse_linear(x, self.values, self.places, order, scale=self.scale, shape=shape)
+        if self.values.shape[1] == 1:
+            shape = (self.out_features, self.in_features)
+            change = sparse_linear(x, self.values, self.places, order, scale=self.scale, shape=shape)
+        else:
+            options = {"counts": self._counts, "scale": self.scale, "out_features": self.out_features}
+            change = block_linear(x, self.values, self.places, order, **options)
+        return base(x) + change
 
     def _order_by_column(self, order: Tensor) -> Tensor:
-        """Return the order of the entries by column, made anew when a checkpoint has replaced the places."""
+        """Return the order of the places by column, made anew when a checkpoint has replaced them."""
         places = (self.places.data_ptr(), self.places._version)
         if places != self._ordered:
-            order.copy_(by_column(self.places, self.values.shape[1], self.in_features))
+            columns = self.in_features // self.values.shape[1]
+            order.copy_(by_column(self.places, columns))
+            self._counts = column_counts(self.places, columns)
             self._ordered = places
         return order
 

@@ -5,8 +5,8 @@
 Rows of x^T (and of g^T) are gathered, weighted and summed by ``embedding_bag``, which is a sparse product in every
 dtype and on every device; only x is kept, and nothing of the size of the matrix exists.
 
-Shapes: O = out_features, I = in_features, n places of w consecutive entries: place p begins at entry p w, entry e lies
-at row e // I and column e % I.  places [n] int32, ascending; v [n, w].
+Shapes: O = out_features, I = in_features, T = tokens, n entries: place p is row p // I and column p % I.  places [n]
+int32, ascending; v [n, 1].
 """
 
 from __future__ import annotations
@@ -17,10 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def by_column(places: Tensor, width: int, in_features: int) -> Tensor:
-    """Return the order of the entries by column, int32 [n w]; entries of a column keep theirs."""
-    return (_entries(places, width) % in_features).argsort(stable=True).int()
+from qaft.updates.features_first import features_first, tokens_first
 
 
 class _SparseLinear(torch.autograd.Function):
@@ -30,34 +27,24 @@ class _SparseLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, values, places, order)
         ctx.scale, ctx.shape = scale, shape
-        rows, columns = _rows_and_columns(places, values.shape[1], shape[1])
-        tokens = x.flatten(0, -2).T.contiguous()  # [I, T]
-        y = _bags(tokens, columns, rows, (scale * values).flatten().to(x.dtype), shape[0])
-        return y.T.view(*x.shape[:-1], shape[0])
+        rows, columns = places // shape[1], places % shape[1]
+        weights = (scale * values).flatten().to(x.dtype)
+        return tokens_first(_bags(features_first(x), columns, rows, weights, shape[0]), x.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
         x, values, places, order = ctx.saved_tensors
-        rows, columns = _rows_and_columns(places, values.shape[1], ctx.shape[1])
-        tokens = grad.flatten(0, -2).T.contiguous()  # [O, T]
+        rows, columns = places // ctx.shape[1], places % ctx.shape[1]
+        features = features_first(grad)  # [O, T]
         grad_x = grad_values = None
         if ctx.needs_input_grad[0]:
             weights = (ctx.scale * values).flatten()[order].to(grad.dtype)
-            grad_x = _bags(tokens, rows[order], columns[order], weights, ctx.shape[1]).T.view(x.shape)
+            grad_x = tokens_first(_bags(features, rows[order], columns[order], weights, ctx.shape[1]), x.shape[:-1])
         if ctx.needs_input_grad[1]:
-            dots = _dots(tokens, x.flatten(0, -2).T.contiguous(), rows, columns)
+            dots = _dots(features, features_first(x), rows, columns)
             grad_values = (ctx.scale * dots).to(values.dtype).view(values.shape)
         return grad_x, grad_values, None, None, None, None
-
-
-def _entries(places: Tensor, width: int) -> Tensor:
-    return (places[:, None] * width + torch.arange(width, dtype=places.dtype, device=places.device)).flatten()
-
-
-def _rows_and_columns(places: Tensor, width: int, in_features: int) -> tuple[Tensor, Tensor]:
-    entries = _entries(places, width)
-    return entries // in_features, entries % in_features
 
 
 def _bags(table: Tensor, gathered: Tensor, bags: Tensor, weights: Tensor, count: int) -> Tensor:
@@ -66,14 +53,14 @@ def _bags(table: Tensor, gathered: Tensor, bags: Tensor, weights: Tensor, count:
     return F.embedding_bag(gathered, table, starts, mode="sum", per_sample_weights=weights)
 
 
-def _dots(grad: Tensor, tokens: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Return ``grad[rows] . tokens[columns]`` of every entry, [n], in at least fp32."""
+def _dots(grad: Tensor, features: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Return ``grad[rows] . features[columns]`` of every entry, [n], in at least fp32."""
     # In 16 bits this product is twice as slow on CPUs, and less exact.
     wide = torch.promote_types(grad.dtype, torch.float32)
     # The derivative of ``_bags`` in its weights; by way of autograd the bags themselves would be summed once more.
     starts = rows.new_zeros(0)
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        grad.to(wide), tokens.to(wide), columns, starts, rows, 0
+        grad.to(wide), features.to(wide), columns, starts, rows, 0
     )
 
 
@@ -84,9 +71,9 @@ def sparse_linear(
 
     Args:
         x: [..., I].
-        values: of the entries of S, [n, w].
+        values: of the entries of S, [n, 1].
         places: where S has them.
-        order: ``by_column(places, w, I)``.
+        order: ``by_column(places, I)``.
         scale: factor on S.
         shape: O and I.
     """
