@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--model", help="causal LM")
     parser.add_argument("--encoder", help="BERT-like encoder, mr only")
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--encoder-steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tasks", nargs="+", default=[])
