@@ -108,14 +108,6 @@ def test_the_input_the_output_and_the_inverses_are_kept_for_backward() -> None:
     assert sum(kept.values()) == 4 * (100 * 12 + 2 * 256 * 32)
 
 
-def test_results_have_a_row_for_each_token() -> None:
-    # By columns, all that reads them, as far as the activations of the next layer, is some five times as slow.
-    update, x = trained(256, 32, dtype=torch.float32), torch.randn(3, 5, 256, requires_grad=True)
-    y = update.rotate(x)
-    assert y.is_contiguous()
-    assert torch.autograd.grad(y, x, torch.ones_like(y))[0].is_contiguous()
-
-
 @pytest.mark.parametrize("block", [0, 1, 7, 64])
 def test_blocks_that_do_not_divide_are_refused_with_those_that_do(block: int) -> None:
     spec = LinearSpec(name="layer", out_features=4, in_features=48)
