@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from qaft.bases.base import LinearSpec, Matmul
 from qaft.bases.rebuilt import rebuilt_linear
 from qaft.updates.base import Update
-from qaft.updates.block_product import block_linear, column_counts
+from qaft.updates.block_product import BlockGroups, block_linear
 from qaft.updates.entries import WIDTHS, EntryChoice, by_column
 from qaft.updates.sparse_product import sparse_linear
 
@@ -48,7 +48,6 @@ class Sift(Update):
     source = "SIFT, arXiv 2312.11875"
 
     places: Tensor
-    order: Tensor | None
 
     @classmethod
     def entry_choice(cls, **options: object) -> EntryChoice:
@@ -79,11 +78,9 @@ class Sift(Update):
         self.scale = spec.input_scale
         self.out_features, self.in_features = spec.out_features, spec.in_features
         self.register_buffer("places", _places(spec, choice))
-        is_sparse = self.places.numel() * choice.width <= SPARSE_RATE * self.out_features * self.in_features
-        # Not saved: it follows from the places.
-        self.register_buffer("order", torch.empty_like(self.places) if is_sparse else None, persistent=False)
-        self._counts: tuple[int, ...] = ()
-        self._ordered: tuple[int, int] | None = None
+        trained = self.places.numel() * choice.width
+        self._is_sparse = trained <= SPARSE_RATE * self.out_features * self.in_features
+        self._sorted: tuple[tuple[int, int], Tensor | BlockGroups] | None = None
         self.values = nn.Parameter(torch.zeros(self.places.numel(), choice.width, dtype=spec.dtype))
 
     def _change(self, values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -95,26 +92,25 @@ class Sift(Update):
 
     def forward(self, x: Tensor, base: Matmul) -> Tensor:
         """Return the updated output, [..., I] -> [..., O]."""
-        if self.order is None:
+        if not self._is_sparse:
             return base(x) + rebuilt_linear(x, lambda: self._change(self.values, x.dtype), None, self.values)
-        order = self._order_by_column(self.order)
-        if self.values.shape[1] == 1:
-            shape = (self.out_features, self.in_features)
-            change = sparse_linear(x, self.values, self.places, order, scale=self.scale, shape=shape)
+        places = self._sorted_places()
+        if isinstance(places, BlockGroups):
+            change = block_linear(x, self.values, places, scale=self.scale, out_features=self.out_features)
         else:
-            options = {"counts": self._counts, "scale": self.scale, "out_features": self.out_features}
-            change = block_linear(x, self.values, self.places, order, **options)
+            shape = (self.out_features, self.in_features)
+            change = sparse_linear(x, self.values, self.places, places, scale=self.scale, shape=shape)
         return base(x) + change
 
-    def _order_by_column(self, order: Tensor) -> Tensor:
-        """Return the order of the places by column, made anew when a checkpoint has replaced them."""
-        places = (self.places.data_ptr(), self.places._version)
-        if places != self._ordered:
-            columns = self.in_features // self.values.shape[1]
-            order.copy_(by_column(self.places, columns))
-            self._counts = column_counts(self.places, columns)
-            self._ordered = places
-        return order
+    def _sorted_places(self) -> Tensor | BlockGroups:
+        """Return the order of the entries by column or the blocks in groups, made anew when other places are loaded."""
+        state = (self.places.data_ptr(), self.places._version)
+        if self._sorted is None or self._sorted[0] != state:
+            width = self.values.shape[1]
+            columns = self.in_features // width
+            made = by_column(self.places, columns) if width == 1 else BlockGroups.of(self.places, columns)
+            self._sorted = (state, made)
+        return self._sorted[1]
 
     def tangent(self, x: Tensor, base: Matmul, directions: Mapping[str, Tensor]) -> Tensor:
         """Return ``c scatter(z) x``, [..., I] -> [..., O]."""

@@ -25,8 +25,9 @@ class _SparseLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, values: Tensor, places: Tensor, order: Tensor, scale: float, shape: tuple[int, int]
     ) -> Tensor:
-        ctx.save_for_backward(x, values, places, order)
-        ctx.scale, ctx.shape = scale, shape
+        ctx.save_for_backward(x, values, places)
+        # Not an activation: it lives on with the layer, and nothing has to move it about.
+        ctx.order, ctx.scale, ctx.shape = order, scale, shape
         rows, columns = places // shape[1], places % shape[1]
         weights = (scale * values).flatten().to(x.dtype)
         return tokens_first(_bags(features_first(x), columns, rows, weights, shape[0]), x.shape[:-1])
@@ -34,7 +35,8 @@ class _SparseLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
-        x, values, places, order = ctx.saved_tensors
+        x, values, places = ctx.saved_tensors
+        order = ctx.order
         rows, columns = places // ctx.shape[1], places % ctx.shape[1]
         features = features_first(grad)  # [O, T]
         grad_x = grad_values = None

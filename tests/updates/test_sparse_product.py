@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qaft.bases.base import LinearSpec
-from qaft.updates.block_product import block_linear, column_counts
+from qaft.updates.block_product import BlockGroups, block_linear
 from qaft.updates.entries import by_column
 from qaft.updates.sift import Sift
 from qaft.updates.sparse_product import sparse_linear
@@ -30,11 +30,9 @@ def dense(places: Tensor, values: Tensor) -> Tensor:
 def product(x: Tensor, values: Tensor, places: Tensor, scale: float = 1.0) -> Tensor:
     """What ``Sift`` does with entries, and with blocks."""
     columns = IN // values.shape[1]
-    order = by_column(places, columns)
     if values.shape[1] == 1:
-        return sparse_linear(x, values, places, order, scale=scale, shape=(OUT, IN))
-    counts = column_counts(places, columns)
-    return block_linear(x, values, places, order, counts=counts, scale=scale, out_features=OUT)
+        return sparse_linear(x, values, places, by_column(places, columns), scale=scale, shape=(OUT, IN))
+    return block_linear(x, values, BlockGroups.of(places, columns), scale=scale, out_features=OUT)
 
 
 @pytest.mark.parametrize(("width", "count"), [(1, 1), (1, 40), (1, OUT * IN), (64, 3), (64, 12)])
@@ -64,6 +62,29 @@ def test_rows_and_columns_without_entries_are_zero(width: int) -> None:
     assert x.grad is not None
     assert x.grad.count_nonzero(1).tolist() == [width, width]
     assert x.grad[:, width : 2 * width].all()
+
+
+@pytest.mark.parametrize("crowded", [False, True])
+def test_blocks_in_groups_give_the_product_however_they_are_spread(crowded: bool) -> None:
+    rows, columns, width = 40, 5, 8
+    generator = torch.Generator().manual_seed(0)
+    places = torch.randperm(rows * columns, generator=generator)[:60].sort().values.int()
+    if crowded:  # one column with all its blocks, one with none, the others with some
+        inside = places[places % columns > 1]
+        places = torch.cat([inside, torch.arange(rows, dtype=torch.int32) * columns]).sort().values
+    groups = BlockGroups.of(places, columns)
+    assert (groups.columns is not None) == crowded
+    assert len(groups.rows) <= 3 * len(places) + columns
+    values = torch.randn(len(places), width, dtype=torch.float64, generator=generator, requires_grad=True)
+    matrix = torch.zeros(rows * columns, width, dtype=torch.float64).index_add(0, places, values)
+    x = torch.randn(3, 7, columns * width, dtype=torch.float64, generator=generator, requires_grad=True)
+    found = block_linear(x, values, groups, scale=0.5, out_features=rows)
+    expected = F.linear(x, 0.5 * matrix.view(rows, -1))
+    torch.testing.assert_close(found, expected)
+    functional = torch.randn(found.shape, dtype=torch.float64, generator=generator)
+    ours, theirs = (torch.autograd.grad((y * functional).sum(), [x, values]) for y in (found, expected))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("width", [1, 64])
