@@ -49,8 +49,41 @@ def table(lines: Sequence[Line]) -> str:
         f"{config['ppl_tokens']} tokens of wikitext2; learning rates (16-bit, through the grid): {config['lr']}; "
         f"commits {', '.join(sorted({line['commit'] for line in lines}))}."
     )
-    parts = [head, "", *_scores(lines), "", *_order(lines), "", *_errors(lines), "", NOTES]
+    parts = [
+        head,
+        "",
+        "Summary loss / ROUGE-L:",
+        "",
+        summary(lines),
+        "",
+        *_scores(lines),
+        "",
+        *_order(lines),
+        "",
+        *_errors(lines),
+        "",
+        NOTES,
+    ]
     return "\n".join(parts)
+
+
+def summary(lines: Sequence[Line]) -> str:
+    """Return summary loss and ROUGE-L of every method at every setting as a table; empty without lines."""
+    if not lines:
+        return ""
+    settings = sorted({setting for setting, _ in ORDER})
+    cells = {
+        (setting, scope, method): " / ".join(
+            spread([line[key] for line in found], 1 + (key == "summary_loss")) for key in ("summary_loss", "rougeL")
+        )
+        for setting, scope, method, found in groups(lines)
+    }
+    rows = [f"| trained | method | {' | '.join(settings)} |", f"|---|---|{'--:|' * len(settings)}"]
+    for scope in ("full", "qv"):
+        for method in METHODS:
+            values = [cells.get((setting, scope, method), "") for setting in settings]
+            rows.append(f"| {scope} | {NAMES[method]} | {' | '.join(values)} |")
+    return "\n".join(rows)
 
 
 def groups(lines: Sequence[Line]) -> Iterator[tuple[str, str, str, list[Line]]]:

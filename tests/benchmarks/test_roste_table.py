@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from roste_plan import Cell, finished, plan, read
-from roste_table import spread, table
+from roste_table import spread, summary, table
 
 CONFIG = {
     "model": "m",
@@ -67,6 +67,14 @@ def test_a_row_has_mean_spread_and_number_of_seeds() -> None:
     assert spread([1.0, 2.0, 3.0]) == "2.00 ± 1.00"
 
 
+def test_the_summary_has_a_row_for_each_method_and_a_column_for_each_setting() -> None:
+    rows = summary(LINES).splitlines()
+    assert rows[0] == "| trained | method | W4A16 | W4A4KV4 | W4A8KV4 |"
+    assert "| full | STE, no rotation |  | 5.20 ± 0.28 / 48.0 ± 2.8 |  |" in rows
+    assert "| qv | RTN of that SFT |  |  |  |" in rows
+    assert len(rows) == 2 + 2 * 5
+
+
 def test_the_order_of_the_paper_is_compared_seed_by_seed() -> None:
     rows = [row for row in table(LINES).splitlines() if " above " in row]
     assert rows == [
@@ -83,4 +91,4 @@ def test_errors_and_choice_are_those_of_the_first_adaptive_cell() -> None:
 
 
 def test_without_cells_there_is_no_table() -> None:
-    assert table([]) == ""
+    assert table([]) == summary([]) == ""
