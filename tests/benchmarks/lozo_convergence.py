@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from spread import spread
 
 from qaft.build import Run, build_run, restore_run
 from qaft.commands.replay import replay_journal
@@ -181,11 +181,6 @@ def fill(arguments: argparse.Namespace) -> None:
                 with arguments.cells.open("a") as file:
                     file.write("".join(f"{line}\n" for line in lines))
                 print("\n".join(lines), file=sys.stderr, flush=True)
-
-
-def spread(values: list[float], digits: int) -> str:
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
 def table(cells: list[dict[str, Any]]) -> str:

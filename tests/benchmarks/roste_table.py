@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from roste_plan import METHODS, ORDER, SIXTEEN
+from spread import spread
 
 Line = dict[str, Any]
 
@@ -93,12 +93,6 @@ def groups(lines: Sequence[Line]) -> Iterator[tuple[str, str, str, list[Line]]]:
     for key in keys:
         if found := [line for line in lines if (line["setting"], line["scope"], line["method"]) == key]:
             yield *key, found
-
-
-def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Return the mean, with the standard deviation where there are several."""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def _scores(lines: Sequence[Line]) -> Iterator[str]:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 from roste_plan import Cell, finished, plan, read
-from roste_table import spread, summary, table
+from roste_table import summary, table
+from spread import spread
 
 CONFIG = {
     "model": "m",
