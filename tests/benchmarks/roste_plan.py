@@ -11,6 +11,7 @@ from typing import Any
 
 SIXTEEN = "16-bit"
 ROTATIONS = {"ste": "none", "hadamard": "hadamard", "adaptive": "adaptive"}
+SETTINGS = ("W4A16", "W4A8KV4", "W4A4KV4")
 METHODS = ("rtn", "gptq", *ROTATIONS)
 ORDER = (
     ("W4A4KV4", "full"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from roste_plan import METHODS, ORDER, SIXTEEN
+from roste_plan import METHODS, ORDER, SETTINGS, SIXTEEN
 from spread import spread
 
 Line = dict[str, Any]
@@ -32,6 +32,9 @@ W4 is asymmetric with c = 0.95, A and KV asymmetric per token (and head), as pub
 in 4-bit blocks of 32 with zero points: its weights lie on such a grid, which rounding without a rotation partly finds again
 (with groups of 32 and zero points it would change nothing), and which a rotation leaves. So weight-only columns favour
 `no rotation` more than a checkpoint in 16 bits would."""
+
+COMPARED = ("summary_loss", "ppl", "rougeL")
+"""Scores by which methods are put in order."""
 
 CLAIMS = (("ste", "rtn"), ("ste", "gptq"), ("adaptive", "ste"), ("adaptive", "hadamard"))
 """(better, worse) in the paper."""
@@ -71,17 +74,16 @@ def summary(lines: Sequence[Line]) -> str:
     """Return summary loss and ROUGE-L of every method at every setting as a table; empty without lines."""
     if not lines:
         return ""
-    settings = sorted({setting for setting, _ in ORDER})
     cells = {
         (setting, scope, method): " / ".join(
             spread([line[key] for line in found], 1 + (key == "summary_loss")) for key in ("summary_loss", "rougeL")
         )
         for setting, scope, method, found in groups(lines)
     }
-    rows = [f"| trained | method | {' | '.join(settings)} |", f"|---|---|{'--:|' * len(settings)}"]
+    rows = [f"| trained | method | {' | '.join(SETTINGS)} |", f"|---|---|{'--:|' * len(SETTINGS)}"]
     for scope in ("full", "qv"):
         for method in METHODS:
-            values = [cells.get((setting, scope, method), "") for setting in settings]
+            values = [cells.get((setting, scope, method), "") for setting in SETTINGS]
             rows.append(f"| {scope} | {NAMES[method]} | {' | '.join(values)} |")
     return "\n".join(rows)
 
@@ -104,23 +106,38 @@ def _scores(lines: Sequence[Line]) -> Iterator[str]:
 
 
 def _order(lines: Sequence[Line]) -> Iterator[str]:
-    """Compare every pair that the paper orders, on the seeds that both have."""
+    """Compare every pair that the paper orders, on the seeds that both have, and count over all settings and scopes."""
     means = {tuple(key): {line["seed"]: line for line in found} for *key, found in groups(lines)}
-    yield f"| setting | trained | the paper's order | {SCORES['summary_loss']} | {SCORES['ppl']} | {SCORES['rougeL']} |"
-    yield "|---|---|---|---|---|---|"
-    for setting, scope in sorted(ORDER):
-        for better, worse in CLAIMS:
-            first, second = means.get((setting, scope, better), {}), means.get((setting, scope, worse), {})
-            if seeds := sorted(first.keys() & second.keys()):
-                cells = [_comparison(first, second, seeds, key) for key in ("summary_loss", "ppl", "rougeL")]
-                yield f"| {setting} | {scope} | {NAMES[better]} above {NAMES[worse]} | {' | '.join(cells)} |"
+    yield f"| setting | trained | the paper's order | {' | '.join(SCORES[key] for key in COMPARED)} |"
+    yield f"|---|---|---|{'---|' * len(COMPARED)}"
+    gains = {
+        (setting, scope, better, worse): [
+            [_gain(means[setting, scope, better][seed], means[setting, scope, worse][seed], key) for key in COMPARED]
+            for seed in sorted(means[setting, scope, better].keys() & means[setting, scope, worse].keys())
+        ]
+        for setting, scope in sorted(ORDER)
+        for better, worse in CLAIMS
+        if (setting, scope, better) in means and (setting, scope, worse) in means
+    }
+    for (setting, scope, better, worse), of_seeds in gains.items():
+        if of_seeds:
+            cells = [_verdict(column) for column in zip(*of_seeds, strict=True)]
+            yield f"| {setting} | {scope} | {NAMES[better]} above {NAMES[worse]} | {' | '.join(cells)} |"
+    for claim in CLAIMS:
+        if everywhere := [
+            row for (*_, better, worse), rows in gains.items() if (better, worse) == claim for row in rows
+        ]:
+            cells = [_verdict(column) for column in zip(*everywhere, strict=True)]
+            yield f"| all | all | {NAMES[claim[0]]} above {NAMES[claim[1]]} | {' | '.join(cells)} |"
 
 
-def _comparison(first: dict[int, Line], second: dict[int, Line], seeds: Sequence[int], key: str) -> str:
-    sign = 1 if key.startswith("rouge") else -1
-    gains = [sign * (first[seed][key] - second[seed][key]) for seed in seeds]
+def _gain(first: Line, second: Line, key: str) -> float:
+    return (first[key] - second[key]) * (1 if key.startswith("rouge") else -1)
+
+
+def _verdict(gains: Sequence[float]) -> str:
     holds = sum(gain > 0 for gain in gains)
-    return f"{'yes' if holds == len(seeds) else 'no' if not holds else 'mixed'} ({holds} of {len(seeds)})"
+    return f"{'yes' if holds == len(gains) else 'no' if not holds else 'mixed'} ({holds} of {len(gains)})"
 
 
 def _errors(lines: Sequence[Line]) -> Iterator[str]:
