@@ -34,7 +34,29 @@ def table(rows: Sequence[Cell]) -> str:
     """Return for each model and task what was measured, mean and standard deviation over seeds, and the papers' claims."""
     trained = [row for row in rows if row.get("kind") is not None]
     pairs = dict.fromkeys((row["model"], row["task"]) for row in trained)
-    return "\n\n".join(_of_task(rows, trained, model, task) for model, task in pairs)
+    return "\n\n".join([summary(trained), *(_of_task(rows, trained, model, task) for model, task in pairs)])
+
+
+def summary(trained: Iterable[Cell]) -> str:
+    """Return the scores alone: a row for each update, a column for each model, task and budget."""
+    found: dict[str, dict[tuple[str, str, str], list[float]]] = {}
+    for row in trained:
+        for budget in row["budgets"]:
+            place = (row["model"], row["task"], budget)
+            found.setdefault(row["name"], {}).setdefault(place, []).append(row["score"])
+    places = sorted(
+        {place for cells in found.values() for place in cells}, key=lambda p: (p[0], p[1], BUDGETS.index(p[2]))
+    )
+    lines = [f"| update | {' | '.join(' '.join(p) for p in places)} |", f"|---|{'--:|' * len(places)}"]
+    for name, cells in found.items():
+        values = [spread(cells[p], _digits(p[1])) if p in cells else "" for p in places]
+        lines.append(f"| {name} | {' | '.join(values)} |")
+    return "\n".join(lines)
+
+
+def _digits(task: str) -> int:
+    """Return the decimals of a score: an accuracy in percent, or the loss that is taken for gsm8k."""
+    return 3 if task == "gsm8k" else 1
 
 
 def _of_task(rows: Sequence[Cell], trained: Sequence[Cell], model: str, task: str) -> str:
@@ -55,8 +77,8 @@ def _of_task(rows: Sequence[Cell], trained: Sequence[Cell], model: str, task: st
         cells = [row for row in here if budget in row["budgets"]]
         groups = [_same(cells, row) for row in cells if row is _same(cells, row)[0]]
         for group in sorted(groups, key=_mean_score, reverse=not is_loss):
-            lines.append(_line(budget, group, digits=3 if is_loss else 1))
-    return "\n".join([*lines, *_claims(here, digits=3 if is_loss else 1, sign=-1 if is_loss else 1)])
+            lines.append(_line(budget, group, digits=_digits(task)))
+    return "\n".join([*lines, *_claims(here, digits=_digits(task), sign=-1 if is_loss else 1)])
 
 
 def _claims(here: Sequence[Cell], *, digits: int, sign: int) -> Iterator[str]:

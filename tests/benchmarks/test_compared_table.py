@@ -38,7 +38,13 @@ CELLS = [
 
 def test_a_row_has_mean_spread_seeds_and_costs_and_the_best_is_first() -> None:
     lines = table([*CELLS, cell("linchain", 2, 80.0, "rank 8")]).splitlines()
-    assert lines[0] == "**mr, encoder** (10 steps; untrained 50)"
+    assert lines[:4] == [
+        "| update | encoder mr default | encoder mr rank 8 |",
+        "|---|--:|--:|",
+        "| lowrank (LoRA) | 71.0 ± 1.4 | 71.0 ± 1.4 |",
+        "| linchain |  | 74.0 ± 5.2 |",
+    ]
+    assert lines[5] == "**mr, encoder** (10 steps; untrained 50)"
     ranked = [line.split(" | ")[1] for line in lines if line.startswith("| rank 8 ")]
     assert ranked == ["linchain", "lowrank (LoRA)"]
     lora = "| lowrank (LoRA) | rank 8 | 71.0 ± 1.4 | 2 | 1,000 | 2 | 5 | 0.1 | merged |"

@@ -7,7 +7,7 @@ DIR has a folder for each task (mr, boolq, gsm8k) with ``train.jsonl`` and ``val
 of ``--cells``; what is there is not run again, so that a run can be stopped and continued. All linear layers of the
 blocks are adapted, the base stays in 16 bits. The learning rate of an update is found from its typical value in factors
 of three by the loss of short trainings on MR with its default options and a seed of their own, and is kept for all its
-budgets and tasks.
+budgets and tasks; the next lower one is taken where the first cell with it does not score above the model as it was.
 """
 
 from __future__ import annotations
@@ -86,6 +86,8 @@ def rate(model: Model, variant: Variant, found: Iterable[Variant], cells: Cells)
 
     def loss(exponent: int) -> float:
         lr = _rate_at(default, exponent)
+        if cells.find(model=model.name, diverged=default.name, lr=lr):
+            return math.inf
         key = {"model": model.name, "trial": default.name, "lr": lr}
         row = cells.find(**key)
         if row is None:
@@ -116,16 +118,21 @@ def run(model: Model, cells: Cells, arguments: argparse.Namespace) -> None:
     found = selected(variants(model.size(), ties=model.ties), arguments.updates)
     for task, seed, budget in wanted(model, arguments):
         common = {"model": model.name, "task": task}
-        if cells.find(**common, kind=None) is None:
-            cells.add({**common, "kind": None, "score": model.untrained(task)})
+        start = cells.find(**common, kind=None)
+        if start is None:
+            start = {**common, "kind": None, "score": model.untrained(task)}
+            cells.add(start)
         for variant in (v for v in found if budget in v.budgets):
             key = {**common, "kind": variant.kind, "options": dict(variant.options), "seed": seed}
-            if cells.find(**key) is not None:
-                continue
-            lr = rate(model, variant, found, cells)
-            labels = {"name": variant.name, "budgets": list(variant.budgets), "exports": variant.exports}
-            measured = model.cell(task, variant, lr, seed)
-            cells.add({**key, **labels, "lr": lr, "steps": model.steps, **measured})
+            while cells.find(**key) is None:
+                lr = rate(model, variant, found, cells)
+                measured = model.cell(task, variant, lr, seed)
+                is_first = (task, seed, budget) == (model.tasks[0], arguments.seeds[0], "default")
+                if is_first and measured["score"] <= start["score"]:
+                    cells.add({"model": model.name, "diverged": variant.name, "lr": lr, "score": measured["score"]})
+                    continue
+                labels = {"name": variant.name, "budgets": list(variant.budgets), "exports": variant.exports}
+                cells.add({**key, **labels, "lr": lr, "steps": model.steps, **measured})
 
 
 def models(arguments: argparse.Namespace) -> Iterator[Model]:
