@@ -128,8 +128,9 @@ def run(model: Model, cells: Cells, arguments: argparse.Namespace) -> None:
                 lr = rate(model, variant, found, cells)
                 measured = model.cell(task, variant, lr, seed)
                 is_first = (task, seed, budget) == (model.tasks[0], arguments.seeds[0], "default")
-                if is_first and measured["score"] <= start["score"]:
-                    cells.add({"model": model.name, "diverged": variant.name, "lr": lr, "score": measured["score"]})
+                diverged = {"model": model.name, "diverged": variant.name, "lr": lr}
+                if is_first and measured["score"] <= start["score"] and not cells.find(**diverged):
+                    cells.add({**diverged, "score": measured["score"]})
                     continue
                 labels = {"name": variant.name, "budgets": list(variant.budgets), "exports": variant.exports}
                 cells.add({**key, **labels, "lr": lr, "steps": model.steps, **measured})
