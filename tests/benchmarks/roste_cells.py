@@ -18,7 +18,7 @@ import torch
 from gptq import gptq_round
 from rich.console import Console
 from roste_data import summary_scores, wiki_perplexity
-from roste_plan import ROTATIONS, SIXTEEN, Cell, Config
+from roste_plan import ROTATIONS, SETTINGS, SIXTEEN, Cell, Config
 
 from qaft.arch import arch_of
 from qaft.build import Run, build_run
@@ -35,9 +35,6 @@ from qaft.train.resume import start_state
 from qaft.training import prepare_training
 
 CLIP = 0.95
-SETTINGS: dict[str, tuple[int | None, bool]] = {"W4A16": (None, False), "W4A8KV4": (8, True), "W4A4KV4": (4, True)}
-"""Name -> bits of activations, whether the KV cache is quantized."""
-
 SCOPES = {"full": ["all"], "qv": ["q_proj", "v_proj"]}
 _DELTAS = ("delta_w", "delta_x", "delta_g", "delta_y")
 

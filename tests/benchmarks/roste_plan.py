@@ -11,7 +11,9 @@ from typing import Any
 
 SIXTEEN = "16-bit"
 ROTATIONS = {"ste": "none", "hadamard": "hadamard", "adaptive": "adaptive"}
-SETTINGS = ("W4A16", "W4A8KV4", "W4A4KV4")
+SETTINGS: dict[str, tuple[int | None, bool]] = {"W4A16": (None, False), "W4A8KV4": (8, True), "W4A4KV4": (4, True)}
+"""Name -> bits of activations, whether the KV cache is quantized."""
+
 METHODS = ("rtn", "gptq", *ROTATIONS)
 ORDER = (
     ("W4A4KV4", "full"),

@@ -98,25 +98,30 @@ def test_results_have_a_row_for_each_token(width: int) -> None:
     assert grad.is_contiguous()
 
 
+TALL = 64
+"""Rows of a layer in which a few blocks are few enough entries for the sparse product."""
+
+
 def sift(rate: float, entries: str = "entry") -> Sift:
-    spec = LinearSpec(name="layer", out_features=OUT, in_features=IN)
+    spec = LinearSpec(name="layer", out_features=TALL, in_features=IN)
     update = Sift(spec, rate=rate, choose="random", entries=entries)
     update.values.data.normal_(generator=torch.Generator().manual_seed(1))
     return update
 
 
+@pytest.mark.parametrize("entries", ["entry", "block64"])
 @pytest.mark.parametrize("rate", [0.02, 0.2])
-def test_few_and_many_entries_give_the_merged_weight(rate: float) -> None:
-    update, w, x = sift(rate), torch.randn(OUT, IN), torch.randn(7, IN)
+def test_few_and_many_entries_give_the_merged_weight(rate: float, entries: str) -> None:
+    update, w, x = sift(rate, entries), torch.randn(TALL, IN), torch.randn(7, IN)
     torch.testing.assert_close(update(x, lambda v: F.linear(v, w)), F.linear(x, update.merge(w)), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("rate", "entries"), [(0.02, "entry"), (0.2, "entry"), (0.02, "block64")])
 @pytest.mark.parametrize("how", ["copy", "load_state_dict"])
 def test_places_that_a_checkpoint_replaces_take_effect(how: str, rate: float, entries: str) -> None:
-    update, w, x = sift(rate, entries), torch.randn(OUT, IN), torch.randn(7, IN, requires_grad=True)
+    update, w, x = sift(rate, entries), torch.randn(TALL, IN), torch.randn(7, IN, requires_grad=True)
     before = update(x, lambda v: F.linear(v, w))
-    other = ((update.places + 1) % (OUT * IN // update.values.shape[1])).sort().values
+    other = ((update.places + 1) % (TALL * IN // update.values.shape[1])).sort().values
     if how == "copy":
         update.places.copy_(other)
     else:
@@ -135,7 +140,7 @@ def test_places_that_a_checkpoint_replaces_take_effect(how: str, rate: float, en
 
 @pytest.mark.parametrize("entries", ["entry", "block64"])
 def test_the_input_alone_is_kept_for_backward(entries: str) -> None:
-    update, w, x = sift(0.02, entries), torch.randn(OUT, IN), torch.randn(7, IN, requires_grad=True)
+    update, w, x = sift(0.02, entries), torch.randn(TALL, IN), torch.randn(7, IN, requires_grad=True)
     known = {t.data_ptr() for t in (x, w, *update.parameters(), *update.buffers())}
     kept: list[tuple[int, ...]] = []
     assert isinstance(update.values, nn.Parameter)
