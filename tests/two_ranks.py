@@ -6,9 +6,11 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryFile
+from types import MappingProxyType
 
 import qaft
 
@@ -17,13 +19,13 @@ LIMIT = 1200.0
 """Seconds after which the processes count as stuck."""
 
 
-def run_ranks(script: Path, *arguments: str) -> None:
-    """Run a script in two processes of one group; raises when one of them fails."""
+def run_ranks(script: Path, *arguments: str, environment: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Run a script in two processes of one group, with variables added; raises when one of them fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     world = {"WORLD_SIZE": str(WORLD), "LOCAL_WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1"}
-    common = {**os.environ, **world, "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    common = {**os.environ, **world, "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", **environment}
     places = (Path(qaft.__file__).parents[1], Path(__file__).resolve().parent)
     common["PYTHONPATH"] = os.pathsep.join(map(str, places))
     with ExitStack() as stack:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import sys
 import warnings
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import safetensors
 import torch
+from resident import Mark
 
 from qaft.errors import ModelError
 from qaft.models import shards
@@ -55,20 +55,15 @@ def digest(tensor: torch.Tensor) -> str:
     return f"{tensor.dtype} {list(tensor.shape)} {hashlib.sha256(content).hexdigest()}"
 
 
-def memory(field: str) -> int:
-    return 1024 * int(re.search(field + r":\s+(\d+)", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
-
-
 def measured(checkpoint: Path) -> dict[str, int] | None:
     """Bytes of the packed model, and the peak of this process above what it held before."""
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts here
+        mark = Mark()
     except OSError:
         return None
-    before = memory("VmRSS")
     model = load(checkpoint, "nf4", share=True).model
     size = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
-    return {"size": size, "peak": memory("VmHWM") - before}
+    return {"size": size, "peak": mark.peak()}
 
 
 def error_of(folder: Path) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import resident
 import torch
 from tiny_checkpoint import write_checkpoint
 from two_ranks import run_ranks
@@ -24,7 +25,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str
     write_checkpoint(folder / "untied", tied=False)
     write_checkpoint(folder / "tied", tied=True)
     write_checkpoint(folder / "large", **LARGE)
-    run_ranks(SCRIPT, str(folder))
+    run_ranks(SCRIPT, str(folder), environment=resident.ALLOCATOR)
     return folder, [json.loads((folder / f"rank-{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
 
 
