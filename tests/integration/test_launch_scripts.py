@@ -208,7 +208,7 @@ if os.fork() == 0:
 else:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 while True:
-    signal.pause()
+    time.sleep(0.05)  # and not pause(): a signal that comes just before it would leave it waiting for ever
 """
 
 
