@@ -48,13 +48,3 @@ class EntryChoice:
     def random(self, numel: int, generator: torch.Generator) -> Tensor:
         """Return n places at random, ascending, int32."""
         return torch.randperm(numel // self.width, generator=generator)[: self.count(numel)].sort().values.int()
-
-
-def by_column(places: Tensor, columns: int) -> Tensor:
-    """Return the order of the places by column, int32 [n]; places of a column keep theirs.
-
-    Args:
-        places: ascending, [n]; place p is in column ``p % columns``.
-        columns: places in a row.
-    """
-    return (places % columns).argsort(stable=True).int()

@@ -22,8 +22,8 @@ from qaft.bases.base import LinearSpec, Matmul
 from qaft.bases.rebuilt import rebuilt_linear
 from qaft.updates.base import Update
 from qaft.updates.block_product import BlockGroups, block_linear
-from qaft.updates.entries import WIDTHS, EntryChoice, by_column
-from qaft.updates.sparse_product import sparse_linear
+from qaft.updates.entries import WIDTHS, EntryChoice
+from qaft.updates.sparse_product import EntryOrder, sparse_linear
 
 CHOICES = ("gradient", "magnitude", "random")
 
@@ -80,7 +80,7 @@ class Sift(Update):
         self.register_buffer("places", _places(spec, choice))
         trained = self.places.numel() * choice.width
         self._is_sparse = trained <= SPARSE_RATE * self.out_features * self.in_features
-        self._sorted: tuple[tuple[int, int], Tensor | BlockGroups] | None = None
+        self._sorted: tuple[tuple[int, int], EntryOrder | BlockGroups] | None = None
         self.values = nn.Parameter(torch.zeros(self.places.numel(), choice.width, dtype=spec.dtype))
 
     def _change(self, values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -98,17 +98,18 @@ class Sift(Update):
         if isinstance(places, BlockGroups):
             change = block_linear(x, self.values, places, scale=self.scale, out_features=self.out_features)
         else:
-            shape = (self.out_features, self.in_features)
-            change = sparse_linear(x, self.values, self.places, places, scale=self.scale, shape=shape)
+            change = sparse_linear(x, self.values, self.places, places, scale=self.scale)
         return base(x) + change
 
-    def _sorted_places(self) -> Tensor | BlockGroups:
+    def _sorted_places(self) -> EntryOrder | BlockGroups:
         """Return the order of the entries by column or the blocks in groups, made anew when other places are loaded."""
         state = (self.places.data_ptr(), self.places._version)
         if self._sorted is None or self._sorted[0] != state:
             width = self.values.shape[1]
-            columns = self.in_features // width
-            made = by_column(self.places, columns) if width == 1 else BlockGroups.of(self.places, columns)
+            if width == 1:
+                made = EntryOrder.of(self.places, (self.out_features, self.in_features))
+            else:
+                made = BlockGroups.of(self.places, self.in_features // width)
             self._sorted = (state, made)
         return self._sorted[1]
 

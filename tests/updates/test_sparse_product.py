@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qaft.bases.base import LinearSpec
+from qaft.native import build
+from qaft.updates import sparse_product
 from qaft.updates.block_product import BlockGroups, block_linear
-from qaft.updates.entries import by_column
 from qaft.updates.sift import Sift
-from qaft.updates.sparse_product import sparse_linear
+from qaft.updates.sparse_product import EntryOrder, sparse_linear
 
 OUT, IN = 6, 128
 
@@ -31,7 +32,7 @@ def product(x: Tensor, values: Tensor, places: Tensor, scale: float = 1.0) -> Te
     """What ``Sift`` does with entries, and with blocks."""
     columns = IN // values.shape[1]
     if values.shape[1] == 1:
-        return sparse_linear(x, values, places, by_column(places, columns), scale=scale, shape=(OUT, IN))
+        return sparse_linear(x, values, places, EntryOrder.of(places, (OUT, IN)), scale=scale)
     return block_linear(x, values, BlockGroups.of(places, columns), scale=scale, out_features=OUT)
 
 
@@ -50,6 +51,84 @@ def test_product_and_gradients_are_those_of_the_dense_matrix(
     ours, theirs = (torch.autograd.grad((y * functional).sum(), [x, values]) for y in (found, expected))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, atol=2 * tolerance, rtol=2 * tolerance)
+
+
+def everything(
+    x: Tensor, values: Tensor, places: Tensor, shape: tuple[int, int], functional: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The product and both gradients."""
+    inputs = [x.detach().requires_grad_(), values.detach().requires_grad_()]
+    y = sparse_linear(*inputs, places, EntryOrder.of(places, shape), scale=0.5)
+    return y.detach(), *torch.autograd.grad((y * functional).sum(), inputs)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "out_features", "in_features", "count"),
+    [
+        (1, 1, 1, 1),
+        (7, 5, 3, 9),
+        (33, 16, 48, 40),
+        (64, 47, 33, 300),
+        (100, 70, 129, 90),
+        (32, 16, 16, 0),
+        (0, 4, 4, 3),
+    ],
+)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
+def test_the_kernel_and_torch_give_the_product_in_every_shape(
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    count: int,
+    dtype: torch.dtype,
+    tolerance: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    size, shape = out_features * in_features, (out_features, in_features)
+    places = torch.randperm(size, generator=generator)[:count].sort().values.int()
+    values = torch.randn(count, 1, generator=generator).to(dtype)
+    x = torch.randn(tokens, in_features, generator=generator).to(dtype)
+    functional = torch.randn(tokens, out_features, generator=generator).to(dtype)
+    wide_x, wide_values, wide_functional = x.double(), values.double(), functional.double()
+    matrix = torch.zeros(size, dtype=torch.float64).index_add(0, places, 0.5 * wide_values.flatten()).view(shape)
+    full = 0.5 * (wide_functional.T @ wide_x).flatten()[places.long()]
+    expected = (wide_x @ matrix.T, wide_functional @ matrix, full.view(-1, 1))
+    assert build.library("sparse") is not None
+    by_kernel = everything(x, values, places, shape, functional)
+    monkeypatch.setattr(sparse_product, "library", lambda name: None)
+    in_torch = everything(x, values, places, shape, functional)
+    for found in (by_kernel, in_torch):
+        for a, b in zip(found, expected, strict=True):
+            assert a.dtype == dtype
+            largest = b.abs().max().item() if b.numel() else 0.0
+            torch.testing.assert_close(a.double(), b, atol=tolerance * max(1.0, largest), rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_gives_the_same_bits_with_any_number_of_threads(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    places = torch.randperm(70 * 50, generator=generator)[:333].sort().values.int()
+    values = torch.randn(333, 1, generator=generator).to(dtype)
+    x = torch.randn(50, 100, generator=generator).to(dtype).T  # not contiguous
+    functional = torch.randn(100, 70, generator=generator).to(dtype)
+    found = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(everything(x, values, places, (70, 50), functional))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("places", [[3, 2], [4, 4], [-1, 5], [0, OUT * IN]])
+def test_damaged_places_are_refused(places: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"must ascend within 0 \.\. 767: the checkpoint is damaged"):
+        EntryOrder.of(torch.tensor(places, dtype=torch.int32), (OUT, IN))
 
 
 @pytest.mark.parametrize("width", [1, 64])
