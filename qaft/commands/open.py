@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qaft.build import Run, default_device, is_run_folder, restore_run
 from qaft.commands.memory import loading_memory
 from qaft.errors import ModelError
@@ -41,7 +43,7 @@ def open_model(name: str, *, exact: bool = False) -> OpenedModel:
             run = restore_run(name)
             return OpenedModel(name, run.loaded.model.eval(), run.loaded.tokenizer, run)
         stamp = read_stamp(Path(name))
-        if stamp is not None and (exact or stamp.get("format") != "peft"):
+        if stamp is not None and (exact or stamp.get("format") != "peft" or _is_file(stamp["base_model"])):
             return _open_export(name, stamp)
         from qaft.models.plain import load_plain
 
@@ -63,6 +65,11 @@ def require_whole(name: str) -> None:
         )
 
 
+def _is_file(base: str) -> bool:
+    """Return whether an adapter's base is a ``.gguf`` file, where transformers does not find it by the adapter."""
+    return base.endswith(".gguf")
+
+
 def _open_export(name: str, stamp: Mapping[str, Any]) -> OpenedModel:
     """Load an exported folder by the very code that its verification loads it with in a fresh process.
 
@@ -73,9 +80,12 @@ def _open_export(name: str, stamp: Mapping[str, Any]) -> OpenedModel:
 
     from qaft.export.reload import load
     from qaft.models.served import serving_of
+    from qaft.models.source import open_source
 
     try:
         base, dtype = adapted_model(stamp)
+        if base is not None and dtype is not None and _is_file(base):
+            base = str(open_source(base, dtype=getattr(torch, dtype)).folder)
         model = load(name, str(default_device()), base, dtype)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (ImportError, OSError, ValueError, KeyError) as error:

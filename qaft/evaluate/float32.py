@@ -33,8 +33,8 @@ def float32_weights(model: nn.Module, *, via: torch.dtype | None = None) -> Iter
     handles: list[Any] = []
     widened: list[Tensor] = []
     try:
-        for module in model.modules():
-            tensors = [] if isinstance(module, (FrozenLinear, Update)) else _wide_tensors(module, via)
+        for module, own in _widened_together(model, set()):
+            tensors = _wide_tensors(module, own, via)
             if tensors:
                 widened += tensors
                 handles.append(module.register_forward_pre_hook(_widen(tensors, via, originals)))
@@ -46,8 +46,19 @@ def float32_weights(model: nn.Module, *, via: torch.dtype | None = None) -> Iter
         _restore(widened, originals)()
 
 
-def _wide_tensors(module: nn.Module, via: torch.dtype | None) -> list[Tensor]:
-    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+def _widened_together(module: nn.Module, seen: set[nn.Module]) -> Iterator[tuple[nn.Module, list[Tensor]]]:
+    """Yield every module with the tensors that its forward reads: those of its own, of a layer of PEFT all of them."""
+    if module in seen or isinstance(module, (FrozenLinear, Update)):
+        return
+    seen.add(module)
+    # It casts its input to the dtype of its factors before it calls them.
+    is_whole = hasattr(module, "base_layer")
+    yield module, [*module.parameters(recurse=is_whole), *module.buffers(recurse=is_whole)]
+    for child in () if is_whole else module.children():
+        yield from _widened_together(child, seen)
+
+
+def _wide_tensors(module: nn.Module, own: Sequence[Tensor], via: torch.dtype | None) -> list[Tensor]:
     # An export holds parameters and persistent buffers; every reader computes rotary frequencies, say, anew in fp32.
     rounds = via not in (None, torch.float32)
     exported = {id(t) for t in module.state_dict(keep_vars=True).values()} if rounds else set()

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -23,6 +24,10 @@ _LOAD = {
     "gptq": 'model = AutoModelForCausalLM.from_pretrained("{folder}")  # pip install gptqmodel optimum; or vllm',
     "peft": 'model = AutoModelForCausalLM.from_pretrained("{folder}")  # base and adapter; pip install peft',
 }
+
+_LOAD_ON_FILE = """\
+model = AutoModelForCausalLM.from_pretrained("{parent}", gguf_file="{file}", dtype="{dtype}")
+model.load_adapter("{folder}")  # pip install peft gguf"""
 
 
 def recipe_hash(recipe: Mapping[str, Any]) -> str:
@@ -71,7 +76,7 @@ def model_card(
     sections = [
         f"# {name}",
         f"{info.base}, fine-tuned and exported by qaft {__version__}.",
-        _loading(name, format, written),
+        _loading(name, format, info, written),
         _storage(format, written),
         _check(difference, rounding, written),
         _list("Notes", written.notes),
@@ -82,12 +87,15 @@ def model_card(
     return f"---\n{front}---\n\n" + "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _loading(name: str, format: str, written: Written) -> str:
+def _loading(name: str, format: str, info: ExportInfo, written: Written) -> str:
     if written.vllm_only:
         return f"## Load\n\n```\nvllm serve {name}\n```\n\ntransformers would leave out what is in transform_config."
     if format == "patch":
         return f"## Load\n\n```\nqaft patch apply {name} --base BASE --out MODEL\n```"
     line = _LOAD[format].format(folder=name)
+    if format == "peft" and info.base.endswith(".gguf"):
+        file, dtype = Path(info.base), info.recipe["model"].get("dtype", "bfloat16")
+        line = _LOAD_ON_FILE.format(folder=name, parent=file.parent, file=file.name, dtype=dtype)
     return (
         "## Load\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'{line}\ntokenizer = AutoTokenizer.from_pretrained("{name}")\n```'

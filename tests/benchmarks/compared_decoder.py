@@ -162,7 +162,8 @@ class Decoder:
     def _rows(self, task: str, part: str, folder: Path) -> Path:
         """Write the rows that are not too long, and of those that score the first ones."""
         settings, path = TASKS[task], folder / f"{part}.jsonl"
-        lines = (self.data / task / path.name).read_text(encoding="utf-8").splitlines()
+        # Not splitlines: a text may hold other ends of lines than those of the file.
+        lines = (self.data / task / path.name).read_text(encoding="utf-8").rstrip("\n").split("\n")
         short = [
             line for line in lines if all(len(json.loads(line)[name]) <= n for name, n in settings.longest.items())
         ]
