@@ -200,12 +200,12 @@ def kept_bytes(module: nn.Module, forward: Callable[[], Tensor]) -> int:
     # Held, so that no address is given out twice.
     kept: dict[int, Tensor] = {}
 
-    def keep(tensor: Tensor) -> Tensor:
+    def keep(tensor: Tensor) -> None:
+        # Nothing for the graph to hold: an output that it holds holds the graph, and both would live for ever.
         if (key := tensor.untyped_storage().data_ptr()) not in known:
             kept.setdefault(key, tensor.detach())
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing):
         value = forward()
     total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     del value

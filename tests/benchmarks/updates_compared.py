@@ -13,7 +13,6 @@ budgets and tasks; the next lower one is taken where the first cell with it does
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import math
 import sys
@@ -135,9 +134,6 @@ def run(model: Model, cells: Cells, arguments: argparse.Namespace) -> None:
                     continue
                 labels = {"name": variant.name, "budgets": list(variant.budgets), "exports": variant.exports}
                 cells.add({**key, **labels, "lr": lr, "steps": model.steps, **measured})
-                # Optimizer and scheduler refer to each other: the model of a cell, a few hundred megabytes in a few
-                # objects, would wait for a collection that hardly ever comes.
-                gc.collect()
 
 
 def models(arguments: argparse.Namespace) -> Iterator[Model]:
